@@ -1,0 +1,485 @@
+"""CPC v2 pre-training (Sec. 2.1, 4.1, appendix A.2): images in, an encoder out.
+
+    python cpc.py --tiny                                          # two CPU cores, minutes
+    torchrun --nproc_per_node=8 cpc.py --data imagenet            # the paper's run, one node
+    torchrun --nproc_per_node=8 cpc.py --data imagenet --preset v1  # where Fig. 3 starts
+    python cpc.py --tiny --benchmark 20                           # where the time goes
+
+An image is cut into overlapping patches, each encoded on its own to a latent z. In each of four
+directions a masked context network sums up the rows seen so far, and predicts, linearly, the
+latents two and three rows further on. InfoNCE asks it to tell the true latent from all others in
+the batch. `encoder.pt` in the run's folder is the result; the rest is discarded (Sec. 2.2).
+
+Results: see the README; at the paper's scale not yet measured.
+
+Shapes: B batch, G grid side, D latent channels, K target channels, P patch side.
+"""
+
+import math
+import os
+import resource
+import time
+from argparse import BooleanOptionalAction
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+import data
+from resnet import ARCHITECTURES, NORMS, STEMS, Encoder, Parser, Run, save_encoder
+
+# ---------------------------------------------------------------------------------------------
+# The model and its loss
+# ---------------------------------------------------------------------------------------------
+
+
+class PixelCNN(nn.Module):
+    """The context network g_phi (A.2 `pixelCNN`): [B, D, G, G] -> [B, D, G, G], where c[i, j] sees
+    z[u, v] for rows u <= i only (Sec. 2.1; its own row included), one row and one column further
+    with each of the five blocks."""
+
+    def __init__(self, channels: int, hidden: int = 256):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, hidden, 1), nn.ReLU(),
+                # SAME padding, which A.2 does not state but its residual sum needs
+                nn.Conv2d(hidden, hidden, (1, 3), padding=(0, 1)),
+                nn.ZeroPad2d((0, 0, 1, 0)),  # a row of zeros on top, and with the VALID 2x1 below
+                nn.Conv2d(hidden, hidden, (2, 1)), nn.ReLU(),  # row i sees rows i - 1 and i
+                nn.Conv2d(hidden, channels, 1),
+            ) for _ in range(5))  # paper: A.2, five blocks
+
+    def forward(self, latents: Tensor) -> Tensor:
+        c = latents
+        for block in self.blocks:
+            c = c + block(c)
+        return F.relu(c)
+
+
+def info_nce(predictions: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """InfoNCE (Sec. 2.1, A.2) for prediction length k.
+
+    predictions [B, K, G, G]: at [b, :, i, j] the one made from c[i, j], for z[i + k, j];
+    targets [B, K, G, G]. Returns the mean cross-entropy over all positions that have a target, and
+    the contrastive accuracy, the share of them where the true target scores highest: two scalars.
+    Candidates are all B*G*G targets, so that chance is log(B*G*G): the negatives are "other
+    locations in the image and other images in the minibatch", this process's own.
+    """
+    B, K, G, _ = targets.shape
+    rows = G - k  # A.2's col_dim_i, with k = i + 1: rows 0 .. G-k-1 have a target k rows below
+    candidates = targets.permute(0, 2, 3, 1).reshape(-1, K).float()  # [B*G*G, K]
+    queries = predictions[:, :, :rows].permute(0, 2, 3, 1).reshape(-1, K).float()  # [B*rows*G, K]
+    # A.2's labels miss a modulo: they hold for the first image of a batch only. Query t is
+    # position t % (rows*G) of image t // (rows*G); k rows of G further is its target.
+    t = torch.arange(B * rows * G, device=targets.device)
+    labels = t // (rows * G) * (G * G) + k * G + t % (rows * G)
+    with torch.autocast(targets.device.type, enabled=False):  # ours: logits in float32
+        logits = queries @ candidates.T  # [B*rows*G, B*G*G]
+        # A.2 writes the dense-label softmax cross-entropy; with integer labels it is this one
+        loss = F.cross_entropy(logits, labels)
+    return loss, (logits.detach().argmax(1) == labels).float().mean()
+
+
+class Direction(nn.Module):
+    """A.2's `CPC` for one direction: context network, target projection, a predictor W_k per k."""
+
+    def __init__(self, channels: int, hidden: int, target_dim: int, emb_scale: float, lengths: list[int]):
+        super().__init__()
+        self.emb_scale = emb_scale
+        self.context = PixelCNN(channels, hidden)
+        self.target = nn.Conv2d(channels, target_dim, 1)
+        self.predict = nn.ModuleDict({str(k): nn.Conv2d(channels, target_dim, 1) for k in lengths})
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """[B, D, G, G] -> targets [B, K, G, G] and, for each k, predictions [B, K, G, G]."""
+        context = self.context(latents)
+        # paper: emb_scale on the predictions only
+        return self.target(latents), {int(k): W(context) * self.emb_scale for k, W in self.predict.items()}
+
+
+class CPC(nn.Module):
+    """Encoder, and for each direction a context network, a target projection and predictors.
+
+    directions: 1 (above predicts below), 2 (and below above) or 4 (and left right, right left).
+    """
+
+    # Sec. 2.1 predicts downwards ("patches below ... from those above"), Sec. 4.1 says CPC v1 used
+    # "context from ... beneath": we take the first. Quarter turns that bring a direction to "down".
+    TURNS = {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}
+
+    def __init__(self, encoder: Encoder, directions: int = 4, lengths: tuple[int, ...] = (2, 3),
+                 hidden: int = 256, target_dim: int = 64, emb_scale: float = 0.1):
+        super().__init__()
+        self.encoder = encoder
+        self.turns = self.TURNS[directions]
+        # ours: nothing is shared between directions, A.2 read literally on each turned grid
+        self.directions = nn.ModuleList(
+            Direction(encoder.out_channels, hidden, target_dim, emb_scale, list(lengths))
+            for _ in self.turns)
+
+    def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Augmented patches [B, G, G, 3, P, P] -> (loss, contrastive accuracy), two scalars."""
+        latents = self.encoder.grid(patches)  # [B, D, G, G]
+        return self.contrast(latents)
+
+    def contrast(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, D, G, G] -> (loss, contrastive accuracy), means over directions and lengths.
+
+        paper: L_CPC sums over i, j, k; ours: the mean, which only rescales it and has log(B*G*G)
+        as chance. A.2's range(2, 3) holds k = 3 alone; Sec. 4.1's k in {2, 3} is what we take."""
+        terms = []
+        for turn, direction in zip(self.turns, self.directions):
+            targets, predictions = direction(latents.rot90(turn, (2, 3)))
+            terms += [info_nce(prediction, targets, k) for k, prediction in predictions.items()]
+        losses, accuracies = zip(*terms)
+        return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+
+def chance_loss(args) -> float:
+    """The loss of guessing: log of the number of candidates, all patches of this process's batch."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return math.log(args.batch_size // world * data.grid_side(args.crop, args.patch, args.stride) ** 2)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """ours: linear warm-up, then half a cosine down to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def make_patches(images: Tensor, args, device: torch.device, step: int) -> Tensor:
+    """A batch's augmented patches [B, G, G, 3, P, P], different in every step and process."""
+    seed = data.derive_seed(args.seed, "patches", step, dist.get_rank())
+    return data.to_patches(images, device, args.patch, args.stride, seed,
+                           color_drop=args.color_drop, jitter=args.jitter, flip=args.flip)
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, patches: Tensor, lr: float, clip: float,
+           bf16: bool) -> tuple[Tensor, Tensor]:
+    """One optimisation step; (loss, contrastive accuracy) of this process, detached."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    with torch.autocast(patches.device.type, torch.bfloat16, enabled=bf16):
+        loss, accuracy = model(patches)
+    optimizer.zero_grad()
+    loss.backward()
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return loss.detach(), accuracy
+
+
+def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool) -> None:
+    """The run: from its checkpoint, or the start, to `encoder.pt`."""
+    run, epoch, chance = Run(args), len(dataset) // args.batch_size, chance_loss(args)
+    steps = args.epochs * epoch
+    state = run.start(steps=steps, chance_loss=chance)
+    # ours: Polyak averaging, of the encoder alone, since nothing else is kept
+    average = AveragedModel(model.encoder, multi_avg_fn=get_ema_multi_avg_fn(args.average))
+    start, totals = 0, torch.zeros(3, device=device)  # sums of loss and accuracy, steps
+    if state:
+        start, totals = state["step"], state["totals"].to(device)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        tqdm.write(f"continuing {run.folder} at step {start}", ) if run.is_main else None
+    if args.compile:
+        model.encoder.compile()
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def save(step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise SystemExit(f"the loss is {loss} at step {step}, learning rate {lr:.2e}: lower --lr or --clip; "
+                             f"{run.folder}/checkpoint.pt is the last good state")
+        run.save({"step": step, "totals": totals, "model": model.state_dict(),
+                  "average": average.state_dict(), "optimizer": optimizer.state_dict()})
+
+    transform = data.image_transform(args.image_aug, args.crop, args.min_area)
+    batches = data.TrainBatches(len(dataset), args.batch_size, args.seed, start, steps)
+    loader = data.make_loader(dataset, transform, batches, device, args.workers)
+    model.train()
+    bar = tqdm(total=steps, initial=start, disable=not run.is_main, unit="step", mininterval=1)
+    clock, clock_step = time.time(), start
+    for step, (images, _) in enumerate(loader, start):
+        patches = make_patches(images, args, device, step)
+        if step == 0 and run.is_main:
+            save_patches(patches, run.folder / "patches.png")
+        lr = learning_rate(step, steps, args.lr, args.warmup)
+        loss, accuracy = update(ddp, optimizer, patches, lr, args.clip, bf16)
+        if args.average:
+            average.update_parameters(model.encoder)
+        totals += torch.stack((loss, accuracy, torch.ones_like(loss)))
+
+        bar.update()
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss:.3f} of chance {chance:.3f}, accuracy {accuracy:.3f} of "
+                                f"{math.exp(-chance):.4f}, "
+                                f"{bar.format_dict['rate'] or 0:.1f}x{args.batch_size} images/s", refresh=False)
+        done, caught = step + 1, run.stop_signal()
+        if done % epoch == 0:
+            means = totals / dist.get_world_size()
+            dist.all_reduce(means)
+            mean_loss, mean_accuracy = (means[:2] / means[2]).tolist()
+            seconds = time.time() - clock
+            totals.zero_()
+            save(done, mean_loss)
+            run.log("epoch", epoch=done // epoch, step=done, loss=mean_loss,
+                    accuracy=mean_accuracy, chance_loss=chance, lr=lr, seconds=round(seconds, 3),
+                    images_per_second=round((done - clock_step) * args.batch_size / seconds, 1))
+            clock, clock_step = time.time(), done
+        elif caught:
+            save(done, loss.item())
+        if caught:
+            bar.close()
+            run.leave(caught)
+    bar.close()
+
+    if run.is_main:
+        encoder = average.module if args.average else model.encoder
+        trained = {k: v for k, v in vars(args).items()}
+        save_encoder(run.folder / "encoder.pt", encoder,
+                     dict(crop=args.crop, patch=args.patch, stride=args.stride, mean=data.MEAN, std=data.STD),
+                     trained)
+        save_retrieval(model, dataset, args, device, run.folder / "retrieval.png")
+        run.log("done", step=steps)
+        print(f"wrote {run.folder}/encoder.pt, patches.png, retrieval.png, log.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------
+
+
+def displayable(patches: Tensor) -> Tensor:
+    """Undo `data.normalise`: float32 [N, 3, P, P] in 0..1."""
+    mean, std = (patches.new_tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
+    return (patches * std + mean).clamp(0, 1)
+
+
+def save_patches(patches: Tensor, path, images: int = 6) -> None:
+    """What the network sees: the patch grids of a few images after all augmentation."""
+    grids = [make_grid(displayable(p.flatten(0, 1)), nrow=p.shape[1], padding=1) for p in patches[:images].cpu()]
+    save_image(make_grid(grids, nrow=3, padding=6, pad_value=1), path)
+
+
+@torch.no_grad()
+def save_retrieval(model: CPC, dataset, args, device: torch.device, path, rows: int = 10) -> None:
+    """What the predictions mean. A row each: an image, dark where the context network has not
+    looked; the true patch k rows below its last row; the five patches that the prediction ranks
+    highest among all of this batch of training images (not augmented)."""
+    loader = data.make_loader(dataset, data.image_transform("test", args.crop),
+                              data.TestBatches(len(dataset), min(32, len(dataset))), device, 0)
+    images = next(iter(loader))[0]
+    patches = data.to_patches(images, device, args.patch, args.stride)
+    B, G, P, S, k = len(images), patches.shape[1], args.patch, args.crop, min(args.lengths)
+    model.eval()
+    targets, predictions = model.directions[0](model.encoder.grid(patches))  # downwards
+    candidates = targets.permute(0, 2, 3, 1).flatten(0, 2)  # [B*G*G, K]
+    gallery = displayable(patches.flatten(0, 2))  # [B*G*G, 3, P, P]
+    scale = lambda picture: F.interpolate(picture[None], (S, S), mode="nearest")[0]
+    tiles = []
+    for b in range(min(rows, B)):
+        i, j = (G - 1 - k) // 2, (b * 7) % G  # the middle of what can be predicted from; any column
+        shown = images[b].float() / 255
+        shown[:, i * args.stride + P:] *= 0.25
+        ranked = (candidates @ predictions[k][b, :, i, j]).topk(min(5, len(candidates))).indices
+        tiles += [shown, scale(gallery[(b * G + i + k) * G + j]), *(scale(gallery[n]) for n in ranked)]
+    save_image(make_grid(torch.stack(tiles).cpu(), nrow=7, padding=4, pad_value=1), path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Benchmark
+# ---------------------------------------------------------------------------------------------
+
+
+def benchmark(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool) -> None:
+    """`--benchmark N`: the data path alone, N whole steps on a prepared batch, then N steps taken
+    apart. Prints on rank 0; nothing is written."""
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    N, local = args.benchmark, args.batch_size // dist.get_world_size()
+    if args.compile:
+        model.encoder.compile()
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    model.train()
+    batches = data.TrainBatches(len(dataset), args.batch_size, args.seed, 0, N + 2)
+    loader = iter(data.make_loader(dataset, data.image_transform(args.image_aug, args.crop, args.min_area),
+                                   batches, device, args.workers))
+    images, _ = next(loader)  # starts the workers
+    begin = now()
+    for images, _ in loader:
+        pass
+    loading = (now() - begin) / (N + 1)
+    images = images.to(device)
+
+    patches = make_patches(images, args, device, 0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(patches)
+    flop = 3 * counter.get_total_flops() / local  # an image's forward, and twice that backward
+    step = lambda n: update(ddp, optimizer, make_patches(images, args, device, n), args.lr, args.clip, bf16)
+    step(0), step(1)
+    begin = now()
+    for n in range(N):
+        step(n)
+    whole = (now() - begin) / N
+
+    names = ("patches", "encoder", "context and loss", "backward", "optimizer")
+    parts = torch.zeros(len(names))
+    for n in range(N):
+        clock = [now()]
+        patches = make_patches(images, args, device, n)
+        clock.append(now())
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            latents = model.encoder.grid(patches)
+            clock.append(now())
+            loss, _ = model.contrast(latents)
+        clock.append(now())
+        optimizer.zero_grad()
+        loss.backward()
+        clock.append(now())
+        if args.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        clock.append(now())
+        parts += torch.tensor(clock).diff() / N
+    if dist.get_rank() == 0:
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(f"step      {1e3 * whole:9.1f} ms   {args.batch_size / whole:.1f} images/s on all ranks")
+        print(f"model     {flop / 1e9:9.2f} GFLOP an image   {flop * local / whole / 1e9:.0f} GFLOP/s a rank")
+        print(f"memory    {peak / 2**30:9.2f} GiB at the peak")
+        print(f"data      {1e3 * loading:9.1f} ms   {args.batch_size / loading:.1f} images/s, alone")
+        for name, seconds in zip(names, parts.tolist()):
+            print(f"  {name:18} {1e3 * seconds:9.1f} ms   {100 * seconds / sum(parts.tolist()):.0f} %")
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+PRESETS = {
+    "v2": {},  # the defaults below
+    # Where Fig. 3 starts: CPC v1 (van den Oord et al. 2018), as this paper and that one describe it:
+    # 256-pixel grey crops, 64-pixel patches jittered, one direction, k up to 5, no norm, Adam 2e-4.
+    "v1": dict(arch="resnet92", norm="none", directions=1, lengths=[2, 3, 4, 5], color_drop=0.0,
+               image_aug="v1", crop=256, patch=64, stride=32, lr=2e-4, clip=0.0, average=0.0),
+}
+# ours: all of it at a scale that two CPU cores train in minutes. emb_scale 0.1 and a clip of 0.01
+# are made for hundreds of thousands of steps: here they leave the loss at chance.
+TINY = dict(data="shapes", arch="tiny", crop=32, patch=8, stride=6, min_area=0.4, hidden=32, target_dim=32,
+            emb_scale=1.0, batch_size=64, epochs=10, lr=3e-3, warmup=50, clip=1.0, average=0.0)
+
+
+def parse_args(argv: list[str] | None = None):
+    """The command line, checked: exits with one line on flags that cannot work together."""
+    parser = Parser(__doc__, out="runs/cpc")
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="v2")
+    # Sec. 4.1, the axes of Fig. 3 and 4
+    add("--arch", choices=ARCHITECTURES, default="resnet161")  # paper
+    add("--norm", choices=NORMS, default="layer")  # paper
+    add("--stem", choices=STEMS, help="7x7: total stride 16; 3x3: 4, for patches under 32 pixels")
+    add("--directions", type=int, choices=(1, 2, 4), default=4)  # paper
+    add("--lengths", type=int, nargs="+", default=[2, 3], metavar="K", help="prediction lengths")  # paper
+    add("--color-drop", type=float, default=0.5, help="probability for a patch")  # ours: not stated
+    add("--flip", type=float, default=0.0, help="probability for a patch")  # paper: no gain at this size
+    add("--jitter", action=BooleanOptionalAction, default=True, help="shift patches at random")  # paper
+    # A.3: the geometry
+    add("--crop", type=int, default=240)  # paper
+    add("--patch", type=int, default=80)  # paper
+    add("--stride", type=int, default=32)  # paper
+    add("--image-aug", choices=("inception", "v1"), default="inception")  # paper: A.3
+    add("--min-area", type=float, default=0.08, help="of the inception crop, a share of the image")
+    # A.2: the objective
+    add("--hidden", type=int, default=256, help="channels inside the context network")  # paper
+    add("--target-dim", type=int, default=64)  # paper
+    add("--emb-scale", type=float, default=0.1)  # paper
+    # ours: optimisation is not stated; reproduction notes in the README
+    add("--batch-size", type=int, default=512, help="of all processes together")
+    add("--epochs", type=int, default=200)
+    add("--lr", type=float, default=4e-4)
+    add("--warmup", type=int, default=1000, help="steps")
+    add("--clip", type=float, default=0.01, help="gradient norm, 0 for none")
+    add("--average", type=float, default=0.9999, help="Polyak averaging of the encoder, 0 for none")
+    # how it runs
+    add("--checkpointing", action=BooleanOptionalAction, help="recompute activations (default: resnet161 on a GPU)")
+    add("--compile", action="store_true", help="torch.compile the encoder")
+    add("--benchmark", type=int, metavar="N", help="time N steps, train nothing")
+
+    early = parser.parse_known_args(argv)[0]
+    parser.set_defaults_checked(PRESETS[early.preset])
+    if early.tiny or early.arch == "tiny":
+        parser.set_defaults_checked(TINY | {"tiny": True})
+    args = parser.parse_args(argv)
+
+    if args.data is None:
+        args.data = "imagenet"  # the folder ./imagenet
+        if not os.path.isdir(args.data):
+            parser.error("no folder ./imagenet: pass --data DIR, or --tiny for the embedded data set")
+    try:
+        G = data.grid_side(args.crop, args.patch, args.stride)
+    except ValueError as error:
+        parser.error(str(error))
+    if not all(1 <= k < G for k in args.lengths):
+        parser.error(f"--lengths {args.lengths} on a {G}x{G} grid: each must be 1 to {G - 1}")
+    if (args.stem or ARCHITECTURES[args.arch][3]) == "7x7" and args.patch < 32:
+        parser.error(f"--patch {args.patch} is too small for the 7x7 stem of {args.arch}: pass --stem 3x3")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size < 1 or args.batch_size % world:
+        parser.error(f"--batch-size {args.batch_size} does not divide among {world} processes")
+    for name, low, high in (("color_drop", 0, 1), ("flip", 0, 1), ("average", 0, 0.9999999), ("min_area", 0.001, 1),
+                            ("epochs", 1, 1e9), ("lr", 1e-12, 1e3), ("warmup", 0, 1e9), ("clip", 0, 1e9)):
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not between {low} and {high:g}")
+    return args
+
+
+def main(args) -> None:
+    """Everything in order: process group, data, model, what it will cost, and the run."""
+    device = data.start_process()
+    bf16 = data.has_bf16(device) if args.bf16 is None else args.bf16
+    dataset = data.load_dataset(args.data, "pretrain", args.crop)
+    epoch = len(dataset) // args.batch_size  # steps; a last partial batch is dropped
+    if not epoch:
+        raise SystemExit(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
+
+    torch.manual_seed(args.seed)  # the same initial weights everywhere
+    if args.checkpointing is None:  # ours: 64 images of ResNet-161 do not fit in 80 GB without
+        args.checkpointing = device.type == "cuda" and ARCHITECTURES[args.arch][1][-1] == 4096
+    encoder = Encoder(args.arch, args.norm, args.stem, args.checkpointing)
+    model = CPC(encoder, args.directions, args.lengths, args.hidden, args.target_dim, args.emb_scale)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.8, 0.999), fused=True)  # ours
+
+    if dist.get_rank() == 0:
+        millions = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters"
+        G, world = data.grid_side(args.crop, args.patch, args.stride), dist.get_world_size()
+        print(f"{args.arch}, {args.norm} norm: {millions(encoder)}; with context networks and predictors "
+              f"{millions(model)}\n"
+              f"{len(dataset)} images, {G}x{G} patches of {args.patch} pixels each; {args.batch_size} images a "
+              f"step on {world} x {device.type} in {'bfloat16' if bf16 else 'float32'}\n"
+              f"{args.epochs} epochs of {epoch} steps; loss at chance log({args.batch_size // world * G * G}) = "
+              f"{chance_loss(args):.3f}")
+    (benchmark if args.benchmark else train)(args, device, dataset, model, optimizer, bf16)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,395 @@
+"""Which images a process sees, and how they become patches.
+
+Processes (torchrun's or one), data sets (folders, torchvision's, the embedded `shapes`), batches
+that do not depend on the number of workers, image augmentation on the CPU in the workers, and
+patches with their own augmentation on the training device (Sec. 2.1, 4.1, A.3).
+
+Shapes: B batch, G grid side, P patch side, S image side. Images travel as uint8.
+"""
+
+import atexit
+import ctypes
+import math
+import os
+import random
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import datasets
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import v2
+
+# ours: the paper gives no input normalisation; ImageNet's channel statistics, for every data set.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# ---------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------
+
+
+def start_process() -> torch.device:
+    """Join torchrun's process group, or make a world of one (no port opened); this rank's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    else:
+        keep_freed_memory()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, **alone)
+        atexit.register(dist.destroy_process_group)
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed activations instead of returning them to the kernel, which would hand
+    them back page by page, zeroed, in every step: several times slower for large activations."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return  # not glibc
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are done by the hardware, not emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def derive_seed(*keys: int | str) -> int:
+    """An independent seed for each tuple of keys: every random choice of a run is a function of
+    (seed, what it is for), so that resuming needs no saved random states."""
+    return random.Random("/".join(map(str, keys))).getrandbits(63)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------
+
+
+class Shapes(Dataset):
+    """The embedded data set: textured shapes on textured backgrounds, a function of the index.
+
+    Each image holds two to four discs, squares and diamonds. Its class is the pattern that fills
+    them: stripes (horizontal, vertical, either diagonal), checks or diamonds, coarse or fine. All
+    else is drawn anew for every image or object: number, outline, size, place, phase, the two
+    colours, and the background. So the class cannot be read from colour, size, place or mean
+    brightness; it survives a mirror flip; and a larger `size` shows larger objects, same textures.
+
+    item: (image uint8 [3, size, size], class int). `boxes(index)`: the objects' boxes.
+    """
+
+    PATTERNS = {  # one wave, or the product of two, along these directions (x, y)
+        "horizontal": ((0, 1), None), "vertical": ((1, 0), None), "diagonal": ((0.71, 0.71), None),
+        "checks": ((1, 0), (0, 1)), "diamonds": ((0.71, 0.71), (0.71, -0.71))}
+    PERIODS = (7.0, 3.5)  # pixels, coarse and fine
+    classes = [" ".join(words) for words in product(("coarse", "fine"), PATTERNS)]
+    LENGTH = {"train": 8000, "test": 2000}
+
+    def __init__(self, split: str, size: int = 32, seed: int = 0):
+        self.split, self.size, self.seed = split, size, seed
+
+    def __len__(self) -> int:
+        return self.LENGTH[self.split]
+
+    def _outlines(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """(uniform numbers [B, 5, 16]: a row for each object, one for the image; objects as masks
+        [B, 4, S, S], an absent one empty)."""
+        u = torch.stack([torch.rand(5, 16, generator=torch.Generator().manual_seed(
+            derive_seed("shapes", self.split, self.seed, i))) for i in indices])
+        S, own, image = self.size, u[:, :4], u[:, 4]
+        radius = S * (0.14 + 0.10 * own[..., 0])  # [B, 4]
+        corner = torch.arange(4)  # one object to a quadrant, so that none hides another
+        room = S / 2 - 2 * radius
+        cx = corner % 2 * S / 2 + radius + room * own[..., 1]
+        cy = corner // 2 * S / 2 + radius + room * own[..., 2]
+        axis = torch.arange(S) + 0.5
+        dx = (axis - cx[..., None]).abs()[..., None, :]  # [B, 4, 1, S]
+        dy = (axis - cy[..., None]).abs()[..., :, None]  # [B, 4, S, 1]
+        r, outline = radius[..., None, None], (3 * own[..., 3, None, None]).floor()
+        masks = torch.where(outline == 0, dx**2 + dy**2 <= r**2, torch.where(  # of equal areas
+            outline == 1, torch.maximum(dx, dy) <= 0.89 * r, dx + dy <= 1.25 * r))
+        present = image[:, 1:5].argsort(1) < 2 + (3 * image[:, :1]).floor()  # 2, 3 or 4 of the four
+        return u, masks & present[..., None, None]
+
+    def boxes(self, index: int) -> Tensor:
+        """The objects' boxes: x1 y1 x2 y2 in pixels, the ends exclusive, float32 [n, 4]. Every
+        object is of the image's class."""
+        masks = self._outlines([index])[1][0]
+        return masks_to_boxes(masks[masks.any(2).any(1)]) + torch.tensor([0.0, 0.0, 1.0, 1.0])
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        """Many at once (DataLoader's protocol): ten times faster than one by one."""
+        u, masks = self._outlines(indices)
+        labels = [i % len(self.classes) for i in indices]
+        own, image, axis = u[:, :4], u[:, 4], torch.arange(self.size, dtype=torch.float32)
+        x, y = axis.view(1, -1), axis.view(-1, 1)
+        mirror = torch.where(own[..., 6] < 0.5, -1.0, 1.0)  # [B, 4]: a diagonal leans either way
+
+        kinds = [list(self.PATTERNS.values())[label % len(self.PATTERNS)] for label in labels]
+        speed = torch.tensor([2 * math.pi / self.PERIODS[label // len(self.PATTERNS)] for label in labels])
+        wave = 1.0
+        for which in (0, 1):
+            d = torch.tensor([kind[which] or (0, 0) for kind in kinds]) * speed[:, None]  # [B, 2]
+            single = torch.tensor([kind[which] is None for kind in kinds]).view(-1, 1, 1, 1)
+            kx, ky = (d[:, :1] * mirror)[..., None, None], d[:, 1].view(-1, 1, 1, 1)
+            sine = (kx * x + ky * y + 2 * math.pi * own[..., 4 + which, None, None]).sin()
+            wave = wave * torch.where(single, 1.0, sine)  # [B, 4, S, S]
+
+        # background: one slow wave of any direction between two colours
+        angle, slow = 2 * math.pi * image[:, 5], 0.25 * (0.5 + image[:, 6])
+        kx, ky = ((slow * f(angle)).view(-1, 1, 1) for f in (torch.cos, torch.sin))
+        mix = 0.5 + 0.5 * (kx * x + ky * y + 2 * math.pi * image[:, 7].view(-1, 1, 1)).sin()
+        colors = lambda row, at: row[:, at:at + 3, None, None]  # [B, 3, 1, 1]
+        pixels = torch.lerp(colors(image, 8), colors(image, 11), mix[:, None])
+        for k in range(4):  # each object between two colours of its own
+            paint = torch.lerp(colors(own[:, k], 7), colors(own[:, k], 10), 0.5 + 0.5 * wave[:, k, None])
+            pixels = torch.where(masks[:, k, None], paint, pixels)
+        return list(zip((255 * pixels).to(torch.uint8), labels))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.__getitems__([range(len(self))[index]])[0]
+
+
+class ImageFiles(Dataset):
+    """Every image file below a folder, whatever the folders in it are called: enough for Sec. 2.1,
+    where no label is used. item: (PIL image, 0)."""
+
+    def __init__(self, root: Path):
+        self.files = sorted(
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(root) for name in names
+            if name.lower().endswith(datasets.folder.IMG_EXTENSIONS))
+        if not self.files:
+            raise SystemExit(f"no image files under {root}: pass --data DIR")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return datasets.folder.default_loader(self.files[index]), 0
+
+
+DOWNLOADS = Path("datasets")  # where torchvision keeps what it downloads
+
+
+def load_dataset(data: str, split: str, size: int) -> Dataset:
+    """The images of `data`. split: "pretrain" (no labels needed), "train" or "test", both of
+    (image, class) and with `.classes`; size: of the images that are made, not read (pixels).
+
+    Exits with one line if there is nothing to read."""
+    train = split != "test"
+    if data == "shapes":
+        return Shapes("train" if train else "test", size)
+    if data in ("cifar10", "stl10", "imagenette"):
+        try:
+            if data == "cifar10":
+                return datasets.CIFAR10(DOWNLOADS, train=train, download=True)
+            if data == "stl10":
+                return datasets.STL10(DOWNLOADS, {"pretrain": "unlabeled"}.get(split, split), download=True)
+            return datasets.Imagenette(DOWNLOADS, "train" if train else "val", download=True)
+        except (OSError, RuntimeError) as error:
+            raise SystemExit(f"cannot download {data} to {DOWNLOADS}/: {str(error).splitlines()[0]}")
+    root = Path(data)
+    if not root.is_dir():
+        raise SystemExit(f"no folder {data}: pass --data DIR, or --tiny for the embedded data set")
+    if split == "pretrain":
+        return ImageFiles(root / "train" if (root / "train").is_dir() else root)
+    names = ("train",) if train else ("val", "test")
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        raise SystemExit(f"no {'/ or '.join(names)}/ under {data}: pass --data DIR with class folders in it")
+    try:
+        return datasets.ImageFolder(folder)
+    except FileNotFoundError:
+        raise SystemExit(f"no class folders with images under {folder}: labels are needed here")
+
+
+# ---------------------------------------------------------------------------------------------
+# Image augmentation
+# ---------------------------------------------------------------------------------------------
+
+
+def image_transform(kind: str, crop: int, min_area: float = 0.08) -> v2.Compose:
+    """PIL image or uint8 tensor -> uint8 tensor [3, crop, crop].
+
+    kind: "inception" (random area of min_area..1 of the image, aspect 3/4..4/3, mirrored half the
+    time: Szegedy et al. 2014 in its common reading; A.3), "v1" (CPC v1: a random crop of an image
+    resized in the proportion 300:256, mirrored, grey), or "test" (Sec. 2.2: none, a single crop).
+    """
+    if kind == "inception":
+        steps = [v2.RandomResizedCrop(crop, scale=(min_area, 1.0), ratio=(3 / 4, 4 / 3), antialias=True),
+                 v2.RandomHorizontalFlip()]
+    elif kind == "v1":
+        steps = [v2.Resize(round(crop * 300 / 256), antialias=True), v2.RandomCrop(crop),
+                 v2.RandomHorizontalFlip(), v2.Grayscale(3)]
+    else:
+        # ours: the whole short side, so that 32-pixel images lose nothing
+        steps = [v2.Resize(crop, antialias=True), v2.CenterCrop(crop)]
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------
+
+
+class Seeded(Dataset):
+    """`dataset` behind `transform`, each item augmented under its own seed: which worker makes it,
+    or in what order, changes nothing. key: (index, seed)."""
+
+    def __init__(self, dataset: Dataset, transform: v2.Transform):
+        self.dataset, self.transform = dataset, transform
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+        indices = [index for index, _ in keys]
+        many = getattr(self.dataset, "__getitems__", lambda indices: map(self.dataset.__getitem__, indices))
+        return [self._augment(item, seed) for item, (_, seed) in zip(many(indices), keys)]
+
+    def _augment(self, item: tuple, seed: int) -> tuple[Tensor, int]:
+        image, label = item
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torchvision's transforms draw from this one
+            return self.transform(image), label
+
+
+class TrainBatches(Sampler):
+    """This rank's share of every global batch, for steps `start` to `stop` counted over the whole
+    run: resuming is starting at another step. Every epoch is a new permutation, its last partial
+    batch dropped. Yields lists of (index, seed)."""
+
+    def __init__(self, length: int, batch: int, seed: int, start: int, stop: int):
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.length, self.batch, self.seed, self.start, self.stop = length, batch, seed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self):
+        shuffled = None
+        for step in range(self.start, self.stop):
+            epoch, position = divmod(step, self.length // self.batch)
+            if epoch != shuffled:
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+                order, shuffled = torch.randperm(self.length, generator=generator), epoch
+            batch = order[position * self.batch:(position + 1) * self.batch][self.rank::self.world]
+            yield [(i, derive_seed(self.seed, "image", epoch, i)) for i in batch.tolist()]
+
+
+class TestBatches(Sampler):
+    """Every image once over all ranks, whatever their number. Yields lists of (index, seed)."""
+
+    def __init__(self, length: int, batch: int):
+        self.mine, self.batch = range(dist.get_rank(), length, dist.get_world_size()), batch
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.mine) / self.batch)
+
+    def __iter__(self):
+        for start in range(0, len(self.mine), self.batch):
+            yield [(i, 0) for i in self.mine[start:start + self.batch]]
+
+
+def make_loader(dataset: Dataset, transform: v2.Transform, batches: Sampler, device: torch.device,
+                workers: int | None = None) -> DataLoader:
+    """Batches of (images uint8 [B, 3, S, S], labels int64 [B]). workers: None leaves one core of
+    this rank's share for the training step itself; 0 loads in the process."""
+    if workers is None:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(16, len(os.sched_getaffinity(0)) // ranks - 1)
+    return DataLoader(Seeded(dataset, transform), batch_sampler=batches, num_workers=max(0, workers),
+                      pin_memory=device.type == "cuda", prefetch_factor=4 if workers > 0 else None)
+
+
+# ---------------------------------------------------------------------------------------------
+# Patches
+# ---------------------------------------------------------------------------------------------
+
+
+def grid_side(crop: int, patch: int, stride: int) -> int:
+    """G, the number of patches along a side. ValueError, with the numbers, if they do not tile."""
+    if not 0 < stride or not 0 < patch <= crop or (crop - patch) % stride:
+        raise ValueError(f"crop {crop}, patch {patch}, stride {stride}: patches do not tile the crop "
+                         f"(crop - patch must be a multiple of stride)")
+    return (crop - patch) // stride + 1
+
+
+def extract_patches(images: Tensor, patch: int, stride: int) -> Tensor:
+    """Cut overlapping patches (Sec. 2.1; A.3: 80x80 at stride 32 out of 240x240 -> 6x6): one
+    strided view, then one copy. [B, 3, S, S] -> [B, G, G, 3, P, P], of the same type."""
+    grid_side(images.shape[-1], patch, stride)
+    view = images.unfold(2, patch, stride).unfold(3, patch, stride)  # [B, 3, G, G, P, P]
+    return view.permute(0, 2, 3, 1, 4, 5).contiguous()  # [B, G, G, 3, P, P]
+
+
+def normalise(patches: Tensor) -> Tensor:
+    """uint8 [..., 3, P, P] -> float32, zero mean and unit variance by MEAN and STD."""
+    mean, std = (patches.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (MEAN, STD))
+    return patches.float().mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def augment_patches(patches: Tensor, generator: torch.Generator, color_drop: float = 0.0,
+                    jitter: bool = False, flip: float = 0.0) -> Tensor:
+    """Patch-based augmentation (Sec. 4.1), every patch on its own, and normalisation.
+
+    patches: uint8 [B, G, G, 3, P, P] on any device, generator on the same; -> float32, same shape.
+    color_drop, flip: probability for a patch; jitter: whether to shift patches at random.
+    """
+    shape, P = patches.shape, patches.shape[-1]
+    x = patches.flatten(0, 2)  # [N, 3, P, P]
+    N, device = len(x), x.device
+    rand = lambda *size: torch.rand(*size, generator=generator, device=device)
+
+    if flip:  # paper: "randomly flip patches horizontally"
+        x = torch.where(rand(N, 1, 1, 1) < flip, x.flip(-1), x)
+
+    side = P
+    if jitter:
+        # paper: "spatially jitters individual patches"; v1: a random 60x60 subcrop of a 64x64
+        # patch, padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7).
+        side = min(P - 1, P * 60 // 64)
+        windows = x.unfold(2, side, 1).unfold(3, side, 1)  # a view [N, 3, P-side+1, P-side+1, side, side]
+        row, col = ((P - side + 1) * rand(2, N)).long()
+        x = windows[torch.arange(N, device=device), :, row, col]  # [N, 3, side, side]
+
+    x = normalise(x)
+    if color_drop:
+        # paper: "randomly drops two of the three color channels in each patch". Doersch et al.
+        # 2015: replaced by Gaussian noise of 1/100 of the remaining channel's deviation. The noise
+        # is around zero, the mean colour after normalisation. ours: one sheet of noise serves the
+        # whole batch, so that it tells no patch from another and costs next to nothing.
+        drop = rand(N, 1) < color_drop
+        keep = (3 * rand(N, 1)).long()  # the channel that stays, in its place
+        kept = ~drop | (keep == torch.arange(3, device=device))  # [N, 3]
+        left = x.gather(1, keep.view(N, 1, 1, 1).expand(-1, -1, side, side))
+        deviation = (left.square().mean((2, 3)) - left.mean((2, 3)).square()).clamp(min=0).sqrt()  # [N, 1]
+        sheet = torch.randn(1, 3, side, side, generator=generator, device=device)
+        x.mul_(kept.float().view(N, 3, 1, 1)).addcmul_((~kept * 0.01 * deviation).view(N, 3, 1, 1), sheet)
+
+    if side < P:  # back to P x P, the border the mean colour
+        before = (P - side) // 2
+        x = torch.nn.functional.pad(x, (before, P - side - before) * 2)
+    return x.view(shape)
+
+
+def to_patches(images: Tensor, device: torch.device, patch: int, stride: int, seed: int | None = None,
+               **augmentation) -> Tensor:
+    """From the loader to the encoder: uint8 images [B, 3, S, S] -> float32 patches
+    [B, G, G, 3, P, P] on the device, with `augment_patches`' augmentation, a function of the seed
+    alone, or without (seed None)."""
+    patches = extract_patches(images.to(device, non_blocking=True), patch, stride)
+    if seed is None:
+        return normalise(patches)
+    return augment_patches(patches, torch.Generator(device).manual_seed(seed), **augmentation)

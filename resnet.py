@@ -1,0 +1,329 @@
+"""The encoder f_theta of CPC v2, the file it travels in, and the folder a run lives in.
+
+Sec. 2.1 and 4.1: every patch goes through a pre-activation bottleneck ResNet on its own and is
+mean-pooled to one vector z. Sec. 2.2 keeps this network and "discards the rest": `encoder.pt` is
+all that crosses from cpc.py to eval.py and detect.py, so it describes itself (architecture, norm,
+patch geometry, normalisation, training) and nothing has to be said twice on a command line.
+
+Shapes: N patches or images, B batch, G grid side, P patch side, D channels of the last stack.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------
+# Architectures
+# ---------------------------------------------------------------------------------------------
+
+# blocks per stack, channels per stack, bottleneck channels per stack, stem
+ARCHITECTURES = {
+    # paper: Sec. 4.1. ResNet-101's third stack (23 blocks, 1024, 256) becomes 46 blocks, 4096, 512.
+    "resnet161": ((3, 4, 46), (256, 512, 4096), (64, 128, 512), "7x7"),
+    # paper: Sec. 4.1. CPC v1's encoder: the first three stacks of ResNet-101.
+    "resnet92": ((3, 4, 23), (256, 512, 1024), (64, 128, 256), "7x7"),
+    # paper: Fig. 4, right: only deeper, only wider.
+    "resnet161-deep": ((3, 4, 46), (256, 512, 1024), (64, 128, 256), "7x7"),
+    "resnet161-wide": ((3, 4, 23), (256, 512, 4096), (64, 128, 512), "7x7"),
+    # ours: CPU scale, for the tests, `--tiny` and small images.
+    "small": ((2, 2, 2), (128, 256, 512), (32, 64, 128), "3x3"),
+    "tiny": ((1, 1, 1), (64, 128, 256), (32, 32, 64), "3x3"),
+}
+STEMS = ("7x7", "3x3")
+NORMS = ("layer", "batch", "none")  # paper: Sec. 4.1, "Layer normalization", compares the three
+
+
+def norm_layer(norm: str, channels: int) -> nn.Module:
+    """The normalisation in front of every ReLU: "layer" (the paper's choice), "batch" or "none"."""
+    if norm == "layer":
+        # ours: Ba et al. 2016 do not say over which axes of a feature map. One group over
+        # (C, H, W) makes the statistics those of one patch: no patch can see another, which is
+        # what batch norm gets wrong (Sec. 4.1: "a dependency between patches ... that can be
+        # exploited"). In fully convolutional use (detection) they become the whole image's.
+        return nn.GroupNorm(1, channels)
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.Identity()
+
+
+class Bottleneck(nn.Module):
+    """Pre-activation bottleneck (He et al. 2016b): x + conv1x1(conv3x3(conv1x1(x))), a norm and
+    a ReLU before each convolution. The 3x3 carries the stride. [N, C, h, w] -> [N, D, h/s, w/s]"""
+
+    def __init__(self, in_channels: int, out_channels: int, width: int, stride: int, norm: str):
+        super().__init__()
+        bias = norm == "none"  # a norm right after a convolution has a bias of its own
+        self.norm1 = norm_layer(norm, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=bias)
+        self.norm2 = norm_layer(norm, width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=bias)
+        self.norm3 = norm_layer(norm, width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=bias)
+        self.project = None
+        if stride != 1 or in_channels != out_channels:
+            self.project = nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(x))
+        shortcut = x if self.project is None else self.project(h)
+        h = self.conv1(h)
+        h = self.conv2(F.relu(self.norm2(h)))
+        return shortcut + self.conv3(F.relu(self.norm3(h)))
+
+
+class Encoder(nn.Module):
+    """f_theta: one vector per patch (`forward`), or a feature map per image (`features`).
+
+    arch: a key of ARCHITECTURES; norm: one of NORMS; stem: "7x7" (7x7/2, 3x3/2 max-pool: total
+    stride 16) or "3x3" (3x3/1: total stride 4, for patches under 32 pixels), None for the
+    architecture's own; checkpointing: recompute each block in the backward pass.
+    """
+
+    def __init__(self, arch: str = "resnet161", norm: str = "layer", stem: str | None = None,
+                 checkpointing: bool = False):
+        super().__init__()
+        blocks, channels, widths, own_stem = ARCHITECTURES[arch]
+        self.arch, self.norm, self.stem = arch, norm, stem or own_stem
+        self.checkpointing = checkpointing
+        self.out_channels = channels[-1]
+        self.stride = 16 if self.stem == "7x7" else 4
+        bias = norm == "none"
+        if self.stem == "7x7":
+            self.conv1 = nn.Conv2d(3, widths[0], 7, 2, padding=3, bias=bias)
+            self.pool = nn.MaxPool2d(3, 2, padding=1)
+        else:
+            self.conv1 = nn.Conv2d(3, widths[0], 3, 1, padding=1, bias=bias)
+            self.pool = nn.Identity()
+        self.blocks = nn.ModuleList()
+        c = widths[0]
+        for stack, (n, d, w) in enumerate(zip(blocks, channels, widths)):
+            for block in range(n):
+                self.blocks.append(Bottleneck(c, d, w, 2 if stack > 0 and block == 0 else 1, norm))
+                c = d
+        self.final_norm = norm_layer(norm, c)  # pre-activation blocks end without one
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if norm == "none":
+            # ours: without a norm each residual sum adds its branch's variance, and 53 blocks
+            # overflow; 1/sqrt(blocks) on every branch keeps the sum of the order of its input.
+            for block in self.blocks:
+                block.conv3.weight.data.mul_(len(self.blocks) ** -0.5)
+        self.to(memory_format=torch.channels_last)  # 1x1 convolutions become plain matrix products
+
+    def features(self, images: Tensor) -> Tensor:
+        """Fully convolutional: [N, 3, H, W] -> [N, D, H / stride, W / stride] (rounded up)."""
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = self.pool(self.conv1(x))
+        for block in self.blocks:
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return F.relu(self.final_norm(x))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """z = f_theta(x): patches [N, 3, P, P], normalised -> latents [N, D] in float32."""
+        return self.features(patches).mean((2, 3), dtype=torch.float32)  # paper: Fig. 2, mean-pool
+
+    def grid(self, patches: Tensor) -> Tensor:
+        """The field of latents of Fig. 2, from `data.extract_patches`:
+        [B, G, G, 3, P, P] -> [B, D, G, G]."""
+        latents = self(patches.flatten(0, 2))  # [B*G*G, D]
+        return latents.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)  # [B, D, G, G]
+
+
+# ---------------------------------------------------------------------------------------------
+# encoder.pt
+# ---------------------------------------------------------------------------------------------
+
+FORMAT = 1  # of every file written here; raised when an old reader would misread a new file
+
+
+def atomic_save(obj: dict, path: Path) -> None:
+    """torch.save that a crash or a full disk cannot turn into half a file: write, fsync, rename."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        raise SystemExit(f"cannot write {path}: {str(error).splitlines()[0]}")
+
+
+def load_file(path: Path, kind: str) -> dict:
+    """One of our files, without unpickling anything but tensors and plain values."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f"no {kind} at {path}")
+    except Exception as error:  # torch.load's failures on foreign bytes have no common base class
+        raise SystemExit(f"{path} is damaged or not ours ({type(error).__name__})")
+    if not isinstance(saved, dict) or saved.get("kind") != kind:
+        raise SystemExit(f"{path} is not a {kind} file")
+    if saved["format"] != FORMAT:
+        raise SystemExit(f"{path} has format {saved['format']}, this code reads {FORMAT}: update it")
+    return saved
+
+
+def save_encoder(path: str | Path, encoder: Encoder, geometry: dict, trained: dict) -> None:
+    """Write `encoder.pt`: the weights and all that is needed to use them.
+
+    geometry: crop, patch, stride in pixels and mean, std of the inputs; trained: how the weights
+    came to be (data, arguments, steps), plain values only. Exits with one line if it cannot."""
+    atomic_save({"kind": "encoder", "format": FORMAT, "arch": encoder.arch, "norm": encoder.norm,
+                 "stem": encoder.stem, **geometry, "trained": trained,
+                 "state": encoder.state_dict()}, Path(path))
+
+
+def load_encoder(path: str | Path) -> tuple[Encoder, dict]:
+    """Read `encoder.pt`: the network it describes with its weights (strictly), in eval mode, and
+    everything else in the file. Exits with one line on a missing, foreign or damaged file."""
+    saved = load_file(Path(path), "encoder")
+    if saved["arch"] not in ARCHITECTURES:
+        raise SystemExit(f"{path} holds a {saved['arch']}, which this code does not know: update it")
+    encoder = Encoder(saved["arch"], saved["norm"], saved["stem"])
+    try:
+        encoder.load_state_dict(saved.pop("state"), strict=True)
+    except RuntimeError:
+        raise SystemExit(f"{path} does not hold the weights of the {saved['arch']} it names")
+    return encoder.eval(), saved
+
+
+# ---------------------------------------------------------------------------------------------
+# A run: its flags, folder, log, checkpoint and signals, the same for every script
+# ---------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole flag names, one-line errors, and the flags all scripts share."""
+
+    def __init__(self, doc: str, out: str):
+        super().__init__(description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--data", help="folder with train/ and val/ (or test/), any folder of "
+                          "images, or cifar10, stl10, imagenette, shapes")
+        self.add_argument("--out", default=out, help=f"the run's folder (default {out})")
+        self.add_argument("--resume", action="store_true",
+                          help="continue the run in --out, if there is one")
+        self.add_argument("--seed", type=int, default=0)
+        self.add_argument("--tiny", action="store_true", help="the CPU scale, on shapes")
+        self.add_argument("--workers", type=int, help="data loading processes (default: by cores)")
+        self.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                          help="bfloat16 autocast (default: where the hardware has it)")
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def set_defaults_checked(self, defaults: dict) -> None:
+        """A preset: defaults that explicit flags still override."""
+        assert defaults.keys() <= vars(self.parse_known_args([])[0]).keys()
+        self.set_defaults(**defaults)
+
+
+class Run:
+    """What a run leaves on disk: `log.jsonl`, `checkpoint.pt`, pictures, all below `--out`.
+
+    Refuses a folder that another run has used or is using, unless it resumes that very run: the
+    arguments must be the same, but for where and how it runs. SIGTERM and SIGINT are caught, for
+    `stop_signal` to pick up between two steps; a second one ends the process at once.
+    """
+
+    ELSEWHERE = {"out", "resume", "workers", "data_dir", "benchmark"}  # may differ when resuming
+
+    def __init__(self, args: argparse.Namespace):
+        self.folder, self.signal = Path(args.out), 0
+        self.args = {k: v for k, v in vars(args).items()}
+        self.is_main = dist.get_rank() == 0
+        verdict = [self._open(args.resume) if self.is_main else None]
+        dist.broadcast_object_list(verdict)  # rank 0 decides, so that all ranks leave together
+        if verdict[0]:
+            raise SystemExit(verdict[0] if self.is_main else 1)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _open(self, resume: bool) -> str | None:
+        """Take the folder; what is wrong with it, or None."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.folder / "log.jsonl", "a")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"another run is writing to {self.folder}: pass another --out"
+        except OSError as error:
+            return f"cannot use --out {self.folder}: {error.strerror}"
+        if self.file.tell() and not resume:
+            return (f"{self.folder} holds a run: pass --resume to continue it, or another --out")
+        return None
+
+    def log(self, event: str, **fields) -> None:
+        """Append one JSON line, on rank 0."""
+        if self.is_main:
+            print(json.dumps({"event": event, **fields}), file=self.file, flush=True)
+
+    def start(self, **fields) -> dict | None:
+        """Log the first line; the checkpoint to continue from when resuming, else None."""
+        here = Path(__file__).parent
+        commit = subprocess.run(["git", "-C", here, "rev-parse", "-q", "--verify", "HEAD"], capture_output=True, text=True)
+        self.log("start", args=self.args, **fields, commit=commit.stdout.strip() or None,
+                 python=sys.version.split()[0], torch=torch.__version__,
+                 torchvision=torchvision.__version__, world_size=dist.get_world_size(),
+                 time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        path = self.folder / "checkpoint.pt"
+        if not self.args["resume"] or not path.exists():
+            return None
+        saved = load_file(path, "checkpoint")
+        was, now = saved["args"] | {"world_size": saved["world_size"]}, self._identity()
+        for key in now:
+            if was.get(key) != now[key]:
+                raise SystemExit(f"{path} was made with {key.replace('_', '-')} {was.get(key)}, not "
+                                 f"{now[key]}: use the same, or another --out")
+        return saved["state"]
+
+    def _identity(self) -> dict:
+        return {k: v for k, v in self.args.items() if k not in self.ELSEWHERE} | {
+            "world_size": dist.get_world_size()}
+
+    def save(self, state: dict) -> None:
+        """Replace the checkpoint, on rank 0. state: tensors and plain values."""
+        if self.is_main:
+            atomic_save({"kind": "checkpoint", "format": FORMAT, "args": self._identity(),
+                         "world_size": dist.get_world_size(), "state": state},
+                        self.folder / "checkpoint.pt")
+
+    def _on_signal(self, number, frame) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def stop_signal(self) -> int:
+        """The signal any rank has caught, 0 for none. All ranks must ask at the same step."""
+        caught = torch.tensor(self.signal)
+        dist.all_reduce(caught, dist.ReduceOp.MAX)
+        return int(caught)
+
+    def leave(self, number: int) -> None:
+        """End after a caught signal and a save: one line, and the conventional exit code."""
+        if self.is_main:
+            print(f"stopped by {signal.Signals(number).name}, state saved: "
+                  f"the same command with --resume continues", file=sys.stderr)
+        raise SystemExit(128 + number)
