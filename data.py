@@ -110,7 +110,7 @@ class Shapes(Dataset):
         u = torch.stack([torch.rand(5, 16, generator=torch.Generator().manual_seed(
             derive_seed("shapes", self.split, self.seed, i))) for i in indices])
         S, own, image = self.size, u[:, :4], u[:, 4]
-        radius = S * (0.14 + 0.10 * own[..., 0])  # [B, 4]
+        radius = S * (0.17 + 0.07 * own[..., 0])  # [B, 4]
         corner = torch.arange(4)  # one object to a quadrant, so that none hides another
         room = S / 2 - 2 * radius
         cx = corner % 2 * S / 2 + radius + room * own[..., 1]
@@ -148,12 +148,13 @@ class Shapes(Dataset):
             sine = (kx * x + ky * y + 2 * math.pi * own[..., 4 + which, None, None]).sin()
             wave = wave * torch.where(single, 1.0, sine)  # [B, 4, S, S]
 
-        # background: one slow wave of any direction between two colours
-        angle, slow = 2 * math.pi * image[:, 5], 0.25 * (0.5 + image[:, 6])
-        kx, ky = ((slow * f(angle)).view(-1, 1, 1) for f in (torch.cos, torch.sin))
-        mix = 0.5 + 0.5 * (kx * x + ky * y + 2 * math.pi * image[:, 7].view(-1, 1, 1)).sin()
+        # background: a slow wave of its own direction, length and contrast for each colour channel,
+        # so that it has no colour of its own to tell images apart by
+        angle, slow = 2 * math.pi * image[:, 5:8], 0.2 + 0.4 * image[:, 8:11]  # [B, 3]
+        kx, ky = ((slow * f(angle))[..., None, None] for f in (torch.cos, torch.sin))
+        phase, contrast = (2 * math.pi * image[:, 11:14])[..., None, None], 0.2
+        pixels = 0.5 + contrast * (kx * x + ky * y + phase).sin()  # [B, 3, S, S]
         colors = lambda row, at: row[:, at:at + 3, None, None]  # [B, 3, 1, 1]
-        pixels = torch.lerp(colors(image, 8), colors(image, 11), mix[:, None])
         for k in range(4):  # each object between two colours of its own
             paint = torch.lerp(colors(own[:, k], 7), colors(own[:, k], 10), 0.5 + 0.5 * wave[:, k, None])
             pixels = torch.where(masks[:, k, None], paint, pixels)
