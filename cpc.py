@@ -195,7 +195,8 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        tqdm.write(f"continuing {run.folder} at step {start}", ) if run.is_main else None
+        if run.is_main:
+            print(f"continuing {run.folder} at step {start} of {steps}")
     if args.compile:
         model.encoder.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -225,9 +226,9 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
 
         bar.update()
         if step % 20 == 0:
-            bar.set_postfix_str(f"loss {loss:.3f} of chance {chance:.3f}, accuracy {accuracy:.3f} of "
-                                f"{math.exp(-chance):.4f}, "
-                                f"{bar.format_dict['rate'] or 0:.1f}x{args.batch_size} images/s", refresh=False)
+            speed = (bar.format_dict["rate"] or 0) * args.batch_size
+            bar.set_postfix_str(f"loss {loss:.2f} (chance {chance:.2f}), accuracy {accuracy:.4f} (chance "
+                                f"{math.exp(-chance):.4f}), {speed:.0f} images/s", refresh=False)
         done, caught = step + 1, run.stop_signal()
         if done % epoch == 0:
             means = totals / dist.get_world_size()
@@ -249,10 +250,8 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
 
     if run.is_main:
         encoder = average.module if args.average else model.encoder
-        trained = {k: v for k, v in vars(args).items()}
-        save_encoder(run.folder / "encoder.pt", encoder,
-                     dict(crop=args.crop, patch=args.patch, stride=args.stride, mean=data.MEAN, std=data.STD),
-                     trained)
+        geometry = dict(crop=args.crop, patch=args.patch, stride=args.stride, mean=data.MEAN, std=data.STD)
+        save_encoder(run.folder / "encoder.pt", encoder, geometry, vars(args) | dict(steps=steps))
         save_retrieval(model, dataset, args, device, run.folder / "retrieval.png")
         run.log("done", step=steps)
         print(f"wrote {run.folder}/encoder.pt, patches.png, retrieval.png, log.jsonl")
@@ -279,23 +278,23 @@ def save_patches(patches: Tensor, path, images: int = 6) -> None:
 def save_retrieval(model: CPC, dataset, args, device: torch.device, path, rows: int = 10) -> None:
     """What the predictions mean. A row each: an image, dark where the context network has not
     looked; the true patch k rows below its last row; the five patches that the prediction ranks
-    highest among all of this batch of training images (not augmented)."""
-    loader = data.make_loader(dataset, data.image_transform("test", args.crop),
-                              data.TestBatches(len(dataset), min(32, len(dataset))), device, 0)
-    images = next(iter(loader))[0]
+    highest among all patches of 32 training images (not augmented)."""
+    chosen = [(i * len(dataset) // 32, 0) for i in range(32)]
+    items = data.Seeded(dataset, data.image_transform("test", args.crop)).__getitems__(chosen)
+    images = torch.stack([image for image, _ in items])
     patches = data.to_patches(images, device, args.patch, args.stride)
-    B, G, P, S, k = len(images), patches.shape[1], args.patch, args.crop, min(args.lengths)
+    G, P, S, k = patches.shape[1], args.patch, args.crop, min(args.lengths)
     model.eval()
     targets, predictions = model.directions[0](model.encoder.grid(patches))  # downwards
     candidates = targets.permute(0, 2, 3, 1).flatten(0, 2)  # [B*G*G, K]
     gallery = displayable(patches.flatten(0, 2))  # [B*G*G, 3, P, P]
     scale = lambda picture: F.interpolate(picture[None], (S, S), mode="nearest")[0]
     tiles = []
-    for b in range(min(rows, B)):
-        i, j = (G - 1 - k) // 2, (b * 7) % G  # the middle of what can be predicted from; any column
+    for b in range(rows):
+        i, j = (G - 1 - k) // 2, b % G  # the middle of what can be predicted from; any column
         shown = images[b].float() / 255
         shown[:, i * args.stride + P:] *= 0.25
-        ranked = (candidates @ predictions[k][b, :, i, j]).topk(min(5, len(candidates))).indices
+        ranked = (candidates @ predictions[k][b, :, i, j]).topk(5).indices
         tiles += [shown, scale(gallery[(b * G + i + k) * G + j]), *(scale(gallery[n]) for n in ranked)]
     save_image(make_grid(torch.stack(tiles).cpu(), nrow=7, padding=4, pad_value=1), path)
 

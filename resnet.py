@@ -179,7 +179,7 @@ def load_file(path: Path, kind: str) -> dict:
     except Exception as error:  # torch.load's failures on foreign bytes have no common base class
         raise SystemExit(f"{path} is damaged or not ours ({type(error).__name__})")
     if not isinstance(saved, dict) or saved.get("kind") != kind:
-        raise SystemExit(f"{path} is not a {kind} file")
+        raise SystemExit(f"{path} is not our {kind} file")
     if saved["format"] != FORMAT:
         raise SystemExit(f"{path} has format {saved['format']}, this code reads {FORMAT}: update it")
     return saved

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# The table of contents of the experiments, in the paper's order.
+#
+#   ./run.sh              tiny scale, end to end, on the embedded data set: two CPU cores, five minutes
+#   ./run.sh test         the tests
+#   ./run.sh paper        print the paper's commands;  ./run.sh paper DATA  runs them on 8 GPUs
+#
+# VENV=dir uses another virtual environment than .venv; OUT=dir another folder than a fresh runs/tiny-N.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+environment() {
+    venv=${VENV:-.venv}
+    [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+    python=$venv/bin/python
+    "$python" -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+    # one pip call, and only when something is missing: a second run starts at once
+    "$python" -c 'import torch, torchvision, tqdm, pytest' 2>/dev/null ||
+        "$python" -m pip install --quiet -r requirements.txt
+}
+
+tiny() {
+    n=1
+    while [ -e "runs/tiny-$n" ]; do n=$((n + 1)); done
+    out=${OUT:-runs/tiny-$n}
+    "$python" cpc.py --tiny --out "$out/cpc"                                       # Sec. 2.1, 4.1
+    "$python" eval.py --encoder "$out/cpc/encoder.pt" --out "$out/linear"          # A.3
+}
+
+paper() {
+    data=${1:-DATA}
+    go() {
+        echo "$@"
+        [ "$data" = DATA ] || "$@"
+    }
+    if [ "$data" != DATA ] && [ ! -d "$data" ]; then
+        echo "run.sh: no folder $data: pass ImageNet's folder, with train/ and val/ in it" >&2
+        exit 1
+    fi
+    launch="$venv/bin/torchrun --nproc_per_node=${GPUS:-8}"
+    # Table 1, CPC v2: pre-training (Sec. 4.1), then linear classification (A.3)
+    go $launch cpc.py --data "$data" --out runs/v2 --resume
+    go $launch eval.py --data "$data" --encoder runs/v2/encoder.pt --out runs/v2-linear --resume
+    # Table 1, CPC v1, and where Fig. 3 starts
+    go $launch cpc.py --data "$data" --preset v1 --out runs/v1 --resume
+    go $launch eval.py --data "$data" --encoder runs/v1/encoder.pt --out runs/v1-linear --resume
+    # Fig. 3 and 4: the larger encoder, one change from v2 at a time
+    fig3() {
+        name=$1; shift
+        go $launch cpc.py --data "$data" --out "runs/$name" --resume "$@"
+        go $launch eval.py --data "$data" --encoder "runs/$name/encoder.pt" --out "runs/$name-linear" --resume
+    }
+    fig3 norm-batch --norm batch                  # LN
+    fig3 norm-none --norm none
+    fig3 directions-1 --directions 1              # BU: one direction
+    fig3 directions-2 --directions 2              # 2 of 4: without HP
+    fig3 lengths-2-5 --lengths 2 3 4 5            # TL: the original lengths
+    fig3 no-color-drop --color-drop 0             # RC
+    fig3 patch-flips --flip 0.5                   # HF
+    fig3 resnet92 --arch resnet92                 # capacity
+    fig3 deeper --arch resnet161-deep             # Fig. 4, right
+    fig3 wider --arch resnet161-wide
+}
+
+case ${1:-tiny} in
+    tiny) environment; tiny ;;
+    test) environment; exec "$python" -m pytest -q test_cpc.py "${@:2}" ;;
+    paper) venv=${VENV:-.venv}; [ $# -lt 2 ] || environment; paper "${2:-DATA}" ;;
+    *) echo "run.sh: ${1} is none of: (nothing), test, paper [DATA]" >&2; exit 2 ;;
+esac
