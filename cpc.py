@@ -268,10 +268,15 @@ def displayable(patches: Tensor) -> Tensor:
     return (patches * std + mean).clamp(0, 1)
 
 
+def save_enlarged(picture: Tensor, path, factor: int) -> None:
+    """A picture [3, H, W] of small images, every pixel `factor` times as large."""
+    save_image(F.interpolate(picture[None], scale_factor=max(1, factor), mode="nearest"), path)
+
+
 def save_patches(patches: Tensor, path, images: int = 6) -> None:
     """What the network sees: the patch grids of a few images after all augmentation."""
     grids = [make_grid(displayable(p.flatten(0, 1)), nrow=p.shape[1], padding=1) for p in patches[:images].cpu()]
-    save_image(make_grid(grids, nrow=3, padding=6, pad_value=1), path)
+    save_enlarged(make_grid(grids, nrow=3, padding=4, pad_value=1), path, 48 // patches.shape[-1])
 
 
 @torch.no_grad()
@@ -279,8 +284,8 @@ def save_retrieval(model: CPC, dataset, args, device: torch.device, path, rows: 
     """What the predictions mean. A row each: an image, dark where the context network has not
     looked; the true patch k rows below its last row; the five patches that the prediction ranks
     highest among all patches of 32 training images (not augmented)."""
-    chosen = [(i * len(dataset) // 32, 0) for i in range(32)]
-    items = data.Seeded(dataset, data.image_transform("test", args.crop)).__getitems__(chosen)
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:32].tolist()
+    items = data.Seeded(dataset, data.image_transform("test", args.crop)).__getitems__([(i, 0) for i in chosen])
     images = torch.stack([image for image, _ in items])
     patches = data.to_patches(images, device, args.patch, args.stride)
     G, P, S, k = patches.shape[1], args.patch, args.crop, min(args.lengths)
@@ -296,7 +301,7 @@ def save_retrieval(model: CPC, dataset, args, device: torch.device, path, rows: 
         shown[:, i * args.stride + P:] *= 0.25
         ranked = (candidates @ predictions[k][b, :, i, j]).topk(5).indices
         tiles += [shown, scale(gallery[(b * G + i + k) * G + j]), *(scale(gallery[n]) for n in ranked)]
-    save_image(make_grid(torch.stack(tiles).cpu(), nrow=7, padding=4, pad_value=1), path)
+    save_enlarged(make_grid(torch.stack(tiles).cpu(), nrow=7, padding=2, pad_value=1), path, 96 // S)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -322,7 +327,7 @@ def benchmark(args, device: torch.device, dataset, model: CPC, optimizer, bf16: 
                                    batches, device, args.workers))
     images, _ = next(loader)  # starts the workers
     begin = now()
-    for images, _ in loader:
+    for images, _ in loader:  # keeps the last
         pass
     loading = (now() - begin) / (N + 1)
     images = images.to(device)
@@ -439,6 +444,8 @@ def parse_args(argv: list[str] | None = None):
         parser.error(str(error))
     if not all(1 <= k < G for k in args.lengths):
         parser.error(f"--lengths {args.lengths} on a {G}x{G} grid: each must be 1 to {G - 1}")
+    if args.benchmark is not None and args.benchmark < 1:
+        parser.error(f"--benchmark {args.benchmark}: at least one step")
     if (args.stem or ARCHITECTURES[args.arch][3]) == "7x7" and args.patch < 32:
         parser.error(f"--patch {args.patch} is too small for the 7x7 stem of {args.arch}: pass --stem 3x3")
     world = int(os.environ.get("WORLD_SIZE", 1))

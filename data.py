@@ -34,9 +34,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def start_process() -> torch.device:
     """Join torchrun's process group, or make a world of one (no port opened); this rank's device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"process {local + 1} of this node finds {torch.cuda.device_count()} GPUs: "
+                             f"lower --nproc_per_node")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
     else:
@@ -195,14 +198,21 @@ def load_dataset(data: str, split: str, size: int) -> Dataset:
     if data == "shapes":
         return Shapes("train" if train else "test", size)
     if data in ("cifar10", "stl10", "imagenette"):
+        waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
+        if waits:
+            dist.barrier()  # one process of a node downloads
         try:
             if data == "cifar10":
-                return datasets.CIFAR10(DOWNLOADS, train=train, download=True)
-            if data == "stl10":
-                return datasets.STL10(DOWNLOADS, {"pretrain": "unlabeled"}.get(split, split), download=True)
-            return datasets.Imagenette(DOWNLOADS, "train" if train else "val", download=True)
+                dataset = datasets.CIFAR10(DOWNLOADS, train=train, download=True)
+            elif data == "stl10":
+                dataset = datasets.STL10(DOWNLOADS, {"pretrain": "unlabeled"}.get(split, split), download=True)
+            else:
+                dataset = datasets.Imagenette(DOWNLOADS, "train" if train else "val", download=True)
         except (OSError, RuntimeError) as error:
             raise SystemExit(f"cannot download {data} to {DOWNLOADS}/: {str(error).splitlines()[0]}")
+        if not waits:
+            dist.barrier()
+        return dataset
     root = Path(data)
     if not root.is_dir():
         raise SystemExit(f"no folder {data}: pass --data DIR, or --tiny for the embedded data set")
@@ -308,8 +318,8 @@ def make_loader(dataset: Dataset, transform: v2.Transform, batches: Sampler, dev
     """Batches of (images uint8 [B, 3, S, S], labels int64 [B]). workers: None leaves one core of
     this rank's share for the training step itself; 0 loads in the process."""
     if workers is None:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(16, len(os.sched_getaffinity(0)) // ranks - 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
     return DataLoader(Seeded(dataset, transform), batch_sampler=batches, num_workers=max(0, workers),
                       pin_memory=device.type == "cuda", prefetch_factor=4 if workers > 0 else None)
 

@@ -80,7 +80,7 @@ def train_probe(name: str, frozen: Frozen, loaders, args, run: Run, state: dict,
         probe.load_state_dict(state["probe"])
         optimizer.load_state_dict(state["optimizer"])
     ddp = DistributedDataParallel(probe, broadcast_buffers=False)
-    total = torch.zeros(2)
+    total = torch.zeros(2, device=frozen.device)  # sum of losses, steps
     bar = tqdm(loaders(start), desc=name, initial=start, total=steps, disable=not run.is_main, mininterval=1)
     for step, (images, labels) in enumerate(bar, start):
         seed = data.derive_seed(args.seed, "patches", step, dist.get_rank())
@@ -88,7 +88,7 @@ def train_probe(name: str, frozen: Frozen, loaders, args, run: Run, state: dict,
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += torch.tensor([loss.item(), 1.0])
+        total += torch.stack((loss.detach(), torch.ones_like(loss)))
         done, caught = step + 1, run.stop_signal()
         if done % epoch == 0:
             mean = (total[0] / total[1]).item()
@@ -176,7 +176,8 @@ def main(args, encoder: Encoder, file: dict) -> None:
         test_loader = data.make_loader(test_set, data.image_transform("test", crop), batches, device, args.workers)
         top1, top5 = test(frozen, probe, test_loader)
         frozen.assert_unchanged()
-        result = dict(encoder=name, head="linear", labels=1.0, seed=args.seed, top1=round(top1, 3), top5=round(top5, 3))
+        result = dict(encoder=name, head="linear", labels=1.0, seed=args.seed,
+                      top1=round(top1, 3), top5=round(top5, 3))
         state = {"results": state["results"] + [result]}
         run.log("result", **result)
         run.save(state)

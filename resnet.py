@@ -240,6 +240,16 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**defaults)
 
 
+def git_commit() -> str | None:
+    """The commit of this code, if it is in a git checkout."""
+    try:
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "-q", "--verify", "HEAD"],
+                             capture_output=True, text=True)
+    except OSError:
+        return None  # no git here
+    return git.stdout.strip() or None
+
+
 class Run:
     """What a run leaves on disk: `log.jsonl`, `checkpoint.pt`, pictures, all below `--out`.
 
@@ -248,11 +258,11 @@ class Run:
     `stop_signal` to pick up between two steps; a second one ends the process at once.
     """
 
-    ELSEWHERE = {"out", "resume", "workers", "data_dir", "benchmark"}  # may differ when resuming
+    ELSEWHERE = {"out", "resume", "workers", "checkpointing", "compile", "benchmark"}  # where and how
 
     def __init__(self, args: argparse.Namespace):
         self.folder, self.signal = Path(args.out), 0
-        self.args = {k: v for k, v in vars(args).items()}
+        self.args = dict(vars(args))
         self.is_main = dist.get_rank() == 0
         verdict = [self._open(args.resume) if self.is_main else None]
         dist.broadcast_object_list(verdict)  # rank 0 decides, so that all ranks leave together
@@ -272,7 +282,7 @@ class Run:
         except OSError as error:
             return f"cannot use --out {self.folder}: {error.strerror}"
         if self.file.tell() and not resume:
-            return (f"{self.folder} holds a run: pass --resume to continue it, or another --out")
+            return f"{self.folder} holds a run: pass --resume to continue it, or another --out"
         return None
 
     def log(self, event: str, **fields) -> None:
@@ -281,33 +291,29 @@ class Run:
             print(json.dumps({"event": event, **fields}), file=self.file, flush=True)
 
     def start(self, **fields) -> dict | None:
-        """Log the first line; the checkpoint to continue from when resuming, else None."""
-        here = Path(__file__).parent
-        commit = subprocess.run(["git", "-C", here, "rev-parse", "-q", "--verify", "HEAD"], capture_output=True, text=True)
-        self.log("start", args=self.args, **fields, commit=commit.stdout.strip() or None,
-                 python=sys.version.split()[0], torch=torch.__version__,
-                 torchvision=torchvision.__version__, world_size=dist.get_world_size(),
-                 time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-        path = self.folder / "checkpoint.pt"
-        if not self.args["resume"] or not path.exists():
-            return None
-        saved = load_file(path, "checkpoint")
-        was, now = saved["args"] | {"world_size": saved["world_size"]}, self._identity()
-        for key in now:
-            if was.get(key) != now[key]:
-                raise SystemExit(f"{path} was made with {key.replace('_', '-')} {was.get(key)}, not "
-                                 f"{now[key]}: use the same, or another --out")
-        return saved["state"]
+        """The checkpoint to continue from when resuming, else None; logs the first line."""
+        path, state = self.folder / "checkpoint.pt", None
+        if self.args["resume"] and path.exists():
+            saved = load_file(path, "checkpoint")
+            for key, now in self._identity().items():
+                if saved["args"].get(key) != now:
+                    raise SystemExit(f"{path} was made with {key.replace('_', '-')} {saved['args'].get(key)}, "
+                                     f"not {now}: use the same, or another --out")
+            state = saved["state"]
+        self.log("start", args=self.args, **fields, resumed=state is not None, commit=git_commit(),
+                 python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__,
+                 world_size=dist.get_world_size(), time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        return state
 
     def _identity(self) -> dict:
+        """What must be the same for a run to be continued."""
         return {k: v for k, v in self.args.items() if k not in self.ELSEWHERE} | {
-            "world_size": dist.get_world_size()}
+            "processes": dist.get_world_size()}
 
     def save(self, state: dict) -> None:
         """Replace the checkpoint, on rank 0. state: tensors and plain values."""
         if self.is_main:
-            atomic_save({"kind": "checkpoint", "format": FORMAT, "args": self._identity(),
-                         "world_size": dist.get_world_size(), "state": state},
+            atomic_save({"kind": "checkpoint", "format": FORMAT, "args": self._identity(), "state": state},
                         self.folder / "checkpoint.pt")
 
     def _on_signal(self, number, frame) -> None:

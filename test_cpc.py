@@ -185,7 +185,7 @@ def test_color_dropping():
 
 
 def test_jitter_shifts_each_patch_on_its_own():
-    patches, P = same_patches(20), 16
+    patches = same_patches(20)
     out = data.augment_patches(patches, generator(), jitter=True).flatten(0, 2)
     plain, side = data.normalise(patches).flatten(0, 2)[0], 15  # 60/64 of 16
     shifts = []
@@ -494,7 +494,8 @@ def test_a_run_is_never_overwritten(trained):
 
 
 def test_probe_command(trained, folder, tmp_path):
-    done = run("eval.py", "--encoder", trained / "encoder.pt", "--epochs", 1, "--batch-size", 8, "--out", tmp_path / "e")
+    done = run("eval.py", "--encoder", trained / "encoder.pt", "--epochs", 1, "--batch-size", 8,
+               "--out", tmp_path / "e")
     assert done.returncode == 0, done.stderr
     results = events(tmp_path / "e", "result")
     assert [r["encoder"] for r in results] == ["cpc", "random"]
@@ -547,11 +548,11 @@ def check_two_processes():
     patches = torch.randn(4, 4, 4, 3, 8, 8, generator=generator())
     ddp = DistributedDataParallel(model)
     ddp(patches[dist.get_rank()::2])[0].backward()
-    gradient = lambda: torch.cat([p.grad.flatten() for p in model.parameters()])
-    ours = gradient().clone()
+    ours = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
     ((model(patches[0::2])[0] + model(patches[1::2])[0]) / 2).backward()
-    assert (ours - gradient()).norm() < 1e-4 * gradient().norm() and ours.norm() > 0.01
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (ours - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 0.01
 
 
 @pytest.mark.parametrize("script, flags, message", [
