@@ -396,35 +396,36 @@ def parse_args(argv: list[str] | None = None):
     """The command line, checked: exits with one line on flags that cannot work together."""
     parser = Parser(__doc__, out="runs/cpc")
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="v2")
+    add("--preset", choices=PRESETS, default="v2", help="v1: CPC v1's settings, where Fig. 3 starts")
     # Sec. 4.1, the axes of Fig. 3 and 4
-    add("--arch", choices=ARCHITECTURES, default="resnet161")  # paper
-    add("--norm", choices=NORMS, default="layer")  # paper
-    add("--stem", choices=STEMS, help="7x7: total stride 16; 3x3: 4, for patches under 32 pixels")
-    add("--directions", type=int, choices=(1, 2, 4), default=4)  # paper
-    add("--lengths", type=int, nargs="+", default=[2, 3], metavar="K", help="prediction lengths")  # paper
+    add("--arch", choices=ARCHITECTURES, default="resnet161", help="encoder")  # paper
+    add("--norm", choices=NORMS, default="layer", help="in the encoder")  # paper
+    add("--stem", choices=STEMS, help="7x7: total stride 16; 3x3: 4, for patches under 32 pixels (default: by --arch)")
+    add("--directions", type=int, choices=CPC.TURNS, default=4, help="of prediction")  # paper
+    add("--lengths", type=int, nargs="+", default=[2, 3], metavar="K", help="of prediction, rows")  # paper
     add("--color-drop", type=float, default=0.5, help="probability for a patch")  # ours: not stated
     add("--flip", type=float, default=0.0, help="probability for a patch")  # paper: no gain at this size
     add("--jitter", action=BooleanOptionalAction, default=True, help="shift patches at random")  # paper
     # A.3: the geometry
-    add("--crop", type=int, default=240)  # paper
-    add("--patch", type=int, default=80)  # paper
-    add("--stride", type=int, default=32)  # paper
-    add("--image-aug", choices=("inception", "v1"), default="inception")  # paper: A.3
-    add("--min-area", type=float, default=0.08, help="of the inception crop, a share of the image")
+    add("--crop", type=int, default=240, help="side of the image, pixels")  # paper
+    add("--patch", type=int, default=80, help="side of a patch, pixels")  # paper
+    add("--stride", type=int, default=32, help="from patch to patch, pixels")  # paper
+    add("--image-aug", choices=("inception", "v1"), default="inception", help="of the whole image")  # paper: A.3
+    add("--min-area", type=float, default=0.08, help="of the inception crop, a share of the image")  # paper: GoogLeNet
     # A.2: the objective
     add("--hidden", type=int, default=256, help="channels inside the context network")  # paper
-    add("--target-dim", type=int, default=64)  # paper
-    add("--emb-scale", type=float, default=0.1)  # paper
-    # ours: optimisation is not stated; reproduction notes in the README
-    add("--batch-size", type=int, default=512, help="of all processes together")
-    add("--epochs", type=int, default=200)
-    add("--lr", type=float, default=4e-4)
-    add("--warmup", type=int, default=1000, help="steps")
+    add("--target-dim", type=int, default=64, help="channels of targets and predictions")  # paper
+    add("--emb-scale", type=float, default=0.1, help="factor on the predictions")  # paper
+    # ours: the optimisation is not stated; what is remembered of the later published version
+    add("--batch-size", type=int, default=512, help="images of all processes together")
+    add("--epochs", type=int, default=200, help="over the images")
+    add("--lr", type=float, default=4e-4, help="peak learning rate of Adam")
+    add("--warmup", type=int, default=1000, help="steps to the peak")
     add("--clip", type=float, default=0.01, help="gradient norm, 0 for none")
     add("--average", type=float, default=0.9999, help="Polyak averaging of the encoder, 0 for none")
     # how it runs
-    add("--checkpointing", action=BooleanOptionalAction, help="recompute activations (default: resnet161 on a GPU)")
+    add("--checkpointing", action=BooleanOptionalAction,
+        help="recompute activations in the backward pass (default: for resnet161 on a GPU)")
     add("--compile", action="store_true", help="torch.compile the encoder")
     add("--benchmark", type=int, metavar="N", help="time N steps, train nothing")
 

@@ -118,7 +118,7 @@ def test(frozen: Frozen, probe: nn.Module, loader) -> tuple[float, float]:
 
 
 # ours: epochs are not stated; at tiny scale a few hundred steps must do
-TINY = dict(epochs=8, batch_size=64, lr=5e-3)
+TINY = dict(epochs=4, batch_size=64, lr=5e-3)
 
 
 def parse_args(argv: list[str] | None = None):
@@ -126,9 +126,9 @@ def parse_args(argv: list[str] | None = None):
     parser = Parser(__doc__, out="runs/eval")
     add = parser.add_argument
     add("--encoder", default="runs/cpc/encoder.pt", help="what cpc.py wrote")
-    add("--epochs", type=int, default=30)  # ours
-    add("--batch-size", type=int, default=512, help="of all processes together")  # paper: A.3
-    add("--lr", type=float, default=5e-4)  # paper: A.3
+    add("--epochs", type=int, default=30, help="over the training images")  # ours
+    add("--batch-size", type=int, default=512, help="images of all processes together")  # paper: A.3
+    add("--lr", type=float, default=5e-4, help="of Adam")  # paper: A.3
     early = parser.parse_known_args(argv)[0]
     if not os.path.exists(early.encoder):
         parser.error(f"no encoder at {early.encoder}: run cpc.py first, or pass --encoder FILE")

@@ -214,18 +214,25 @@ def load_encoder(path: str | Path) -> tuple[Encoder, dict]:
 # ---------------------------------------------------------------------------------------------
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The file's docstring as it stands, and every flag's default."""
+
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False) and "(default" not in action.help
+        return super()._get_help_string(action) if shown else action.help
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with whole flag names, one-line errors, and the flags all scripts share."""
 
     def __init__(self, doc: str, out: str):
-        super().__init__(description=doc, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--data", help="folder with train/ and val/ (or test/), any folder of "
-                          "images, or cifar10, stl10, imagenette, shapes")
-        self.add_argument("--out", default=out, help=f"the run's folder (default {out})")
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=HelpFormatter)
+        self.add_argument("--data", help="folder with train/ and val/ (or test/), or any folder of images; or "
+                          "cifar10, stl10, imagenette (downloaded), shapes (made)")
+        self.add_argument("--out", default=out, help="the run's folder")
         self.add_argument("--resume", action="store_true",
                           help="continue the run in --out, if there is one")
-        self.add_argument("--seed", type=int, default=0)
+        self.add_argument("--seed", type=int, default=0, help="of everything random")
         self.add_argument("--tiny", action="store_true", help="the CPU scale, on shapes")
         self.add_argument("--workers", type=int, help="data loading processes (default: by cores)")
         self.add_argument("--bf16", action=argparse.BooleanOptionalAction,

@@ -33,9 +33,10 @@ paper() {
         echo "$@"
         [ "$data" = DATA ] || "$@"
     }
-    if [ "$data" != DATA ] && [ ! -d "$data" ]; then
-        echo "run.sh: no folder $data: pass ImageNet's folder, with train/ and val/ in it" >&2
-        exit 1
+    venv=${VENV:-.venv}
+    if [ "$data" != DATA ]; then
+        [ -d "$data/train" ] || { echo "run.sh: no folder $data/train: pass ImageNet's folder" >&2; exit 1; }
+        environment
     fi
     launch="$venv/bin/torchrun --nproc_per_node=${GPUS:-8}"
     # Table 1, CPC v2: pre-training (Sec. 4.1), then linear classification (A.3)
@@ -65,6 +66,6 @@ paper() {
 case ${1:-tiny} in
     tiny) environment; tiny ;;
     test) environment; exec "$python" -m pytest -q test_cpc.py "${@:2}" ;;
-    paper) venv=${VENV:-.venv}; [ $# -lt 2 ] || environment; paper "${2:-DATA}" ;;
+    paper) paper "${2:-DATA}" ;;
     *) echo "run.sh: ${1} is none of: (nothing), test, paper [DATA]" >&2; exit 2 ;;
 esac

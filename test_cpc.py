@@ -8,6 +8,8 @@ Sections follow the files: encoder, patches and data, objective, probe, whole co
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -222,8 +224,11 @@ def test_batches_do_not_depend_on_workers_but_on_the_epoch_and_the_seed():
 
 def test_every_image_once_an_epoch():
     batches = list(data.TrainBatches(40, 8, 0, 0, 10))
-    for epoch in (batches[:5], batches[5:]):
-        assert sorted(i for batch in epoch for i, _ in batch) == list(range(40))
+    first, second = ([key for batch in half for key in batch] for half in (batches[:5], batches[5:]))
+    for epoch in (first, second):
+        assert sorted(i for i, _ in epoch) == list(range(40))
+    assert [i for i, _ in first] != [i for i, _ in second]
+    assert len({seed for _, seed in first + second}) == 80  # no two images augmented alike, ever
     assert [i for batch in data.TestBatches(10, 4) for i, _ in batch] == list(range(10))
 
 
@@ -583,6 +588,25 @@ def test_mistakes_get_one_line(script, flags, message, tmp_path):
 def test_presets(flags, expected):
     args = vars(cpc.parse_args(flags))
     assert {k: args[k] for k in expected} == expected
+
+
+def documented_commands():
+    """Every cpc.py and eval.py command of the README, the docstrings and `./run.sh paper`."""
+    paper = subprocess.run([HERE / "run.sh", "paper"], capture_output=True, text=True, check=True).stdout
+    lines = [line for text in (*((HERE / f).read_text() for f in ("README.md", "cpc.py", "eval.py")), paper)
+             for line in text.splitlines()]
+    pattern = re.compile(r"\s*(?:python|\S*torchrun [^#]*?) (cpc|eval)\.py\b([^#]*)")
+    return [(m[1], shlex.split(m[2])) for m in map(pattern.match, lines) if m]
+
+
+def test_documented_commands_parse(trained):
+    commands = documented_commands()
+    assert len(commands) > 25 and {script for script, _ in commands} == {"cpc", "eval"}
+    for script, flags in commands:
+        if script == "cpc":
+            cpc.parse_args(flags)
+        else:
+            evaluation.parse_args([*flags, "--encoder", str(trained / "encoder.pt")])
 
 
 if __name__ == "__main__":
