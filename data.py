@@ -151,12 +151,12 @@ class Shapes(Dataset):
             sine = (kx * x + ky * y + 2 * math.pi * own[..., 4 + which, None, None]).sin()
             wave = wave * torch.where(single, 1.0, sine)  # [B, 4, S, S]
 
-        # background: a slow wave of its own direction, length and contrast for each colour channel,
+        # background: a slow wave of its own direction and length for each colour channel,
         # so that it has no colour of its own to tell images apart by
         angle, slow = 2 * math.pi * image[:, 5:8], 0.2 + 0.4 * image[:, 8:11]  # [B, 3]
         kx, ky = ((slow * f(angle))[..., None, None] for f in (torch.cos, torch.sin))
-        phase, contrast = (2 * math.pi * image[:, 11:14])[..., None, None], 0.2
-        pixels = 0.5 + contrast * (kx * x + ky * y + phase).sin()  # [B, 3, S, S]
+        phase = (2 * math.pi * image[:, 11:14])[..., None, None]
+        pixels = 0.5 + 0.2 * (kx * x + ky * y + phase).sin()  # [B, 3, S, S]
         colors = lambda row, at: row[:, at:at + 3, None, None]  # [B, 3, 1, 1]
         for k in range(4):  # each object between two colours of its own
             paint = torch.lerp(colors(own[:, k], 7), colors(own[:, k], 10), 0.5 + 0.5 * wave[:, k, None])
