@@ -247,8 +247,9 @@ def image_transform(kind: str, crop: int, min_area: float = 0.08) -> v2.Compose:
         steps = [v2.Resize(round(crop * 300 / 256), antialias=True), v2.RandomCrop(crop),
                  v2.RandomHorizontalFlip(), v2.Grayscale(3)]
     else:
-        # ours: the whole short side, so that 32-pixel images lose nothing
-        steps = [v2.Resize(crop, antialias=True), v2.CenterCrop(crop)]
+        # ours: ImageNet's usual 224 of 256, for every size: objects as large as the inception crop
+        # shows them on average. The whole image instead cost 10 points of top-1 on CIFAR-10.
+        steps = [v2.Resize(round(crop / 0.875), antialias=True), v2.CenterCrop(crop)]
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
@@ -369,7 +370,9 @@ def augment_patches(patches: Tensor, generator: torch.Generator, color_drop: flo
     side = P
     if jitter:
         # paper: "spatially jitters individual patches"; v1: a random 60x60 subcrop of a 64x64
-        # patch, padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7).
+        # patch, padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7), and the
+        # border repeated: a border of zeros, which images at test time do not have, cost a linear
+        # probe on CIFAR-10 that was trained under jitter 30 points of top-1.
         side = min(P - 1, P * 60 // 64)
         windows = x.unfold(2, side, 1).unfold(3, side, 1)  # a view [N, 3, P-side+1, P-side+1, side, side]
         row, col = ((P - side + 1) * rand(2, N)).long()
@@ -389,9 +392,9 @@ def augment_patches(patches: Tensor, generator: torch.Generator, color_drop: flo
         sheet = torch.randn(1, 3, side, side, generator=generator, device=device)
         x.mul_(kept.float().view(N, 3, 1, 1)).addcmul_((~kept * 0.01 * deviation).view(N, 3, 1, 1), sheet)
 
-    if side < P:  # back to P x P, the border the mean colour
+    if side < P:
         before = (P - side) // 2
-        x = torch.nn.functional.pad(x, (before, P - side - before) * 2)
+        x = torch.nn.functional.pad(x, (before, P - side - before) * 2, mode="replicate")
     return x.view(shape)
 
 
