@@ -499,6 +499,19 @@ def test_a_run_is_never_overwritten(trained):
     assert (trained / "encoder.pt").read_bytes() == before
 
 
+def test_benchmark_counts_what_pencil_and_paper_count(folder, tmp_path):
+    """Its GFLOP an image are 2 a multiply-add, forward and twice that backward, and it writes nothing."""
+    done = run("cpc.py", *TINY, "--data", folder, "--benchmark", 1, "--directions", 1, "--lengths", 2, cwd=tmp_path)
+    assert done.returncode == 0 and not list(tmp_path.iterdir()), done.stderr
+    encoder = 64 * 3 * 9 * 32 + 64 * (32 * 32 + 9 * 32 * 32 + 32 * 64 + 32 * 64)  # stem, first block at 8x8
+    encoder += 64 * 64 * 32 + 16 * (9 * 32 * 32 + 32 * 128 + 64 * 128)  # second, to 4x4
+    encoder += 16 * 128 * 64 + 4 * (9 * 64 * 64 + 64 * 256 + 128 * 256)  # third, to 2x2
+    context = 5 * (2 * 256 * 32 + 3 * 32 * 32 + 2 * 32 * 32) + 2 * 256 * 32  # and projections
+    logits = 3 * 5 * 200 * 32  # rows with a target, of eight images' 200 candidates
+    expected = 3 * 2 * (25 * (encoder + context) + logits) / 1e9
+    assert float(re.search(r"([\d.]+) GFLOP an image", done.stdout)[1]) == pytest.approx(expected, abs=0.006)
+
+
 def test_probe_command(trained, folder, tmp_path):
     done = run("eval.py", "--encoder", trained / "encoder.pt", "--epochs", 1, "--batch-size", 8,
                "--out", tmp_path / "e")
