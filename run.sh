@@ -15,7 +15,8 @@ environment() {
     python=$venv/bin/python
     "$python" -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
     # one pip call, and only when something is missing: a second run starts at once
-    "$python" -c 'import torch, torchvision, tqdm, pytest' 2>/dev/null ||
+    "$python" -c 'import sys; from importlib.util import find_spec
+sys.exit(not all(map(find_spec, ("torch", "torchvision", "tqdm", "pytest"))))' ||
         "$python" -m pip install --quiet -r requirements.txt
 }
 
