@@ -184,7 +184,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, patches: Tensor, 
 
 def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool) -> None:
     """The run: from its checkpoint, or the start, to `encoder.pt`."""
-    run, epoch, chance = Run(args), len(dataset) // args.batch_size, chance_loss(args)
+    run, epoch, chance = Run(args, images=len(dataset)), len(dataset) // args.batch_size, chance_loss(args)
     steps = args.epochs * epoch
     state = run.start(steps=steps, chance_loss=chance)
     # ours: Polyak averaging, of the encoder alone, since nothing else is kept
@@ -201,10 +201,11 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
         model.encoder.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    def save(step: int, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise SystemExit(f"the loss is {loss} at step {step}, learning rate {lr:.2e}: lower --lr or --clip; "
-                             f"{run.folder}/checkpoint.pt is the last good state")
+    def save(step: int) -> None:
+        if not all(p.isfinite().all() for p in model.parameters()):  # the same on every rank
+            raise SystemExit(f"weights are no longer finite at step {step}, loss {loss:.3g}, learning rate {lr:.2e}: "
+                             f"lower --lr, or --clip the gradients; nothing was saved since the last checkpoint")
+        dist.all_reduce(totals.div_(dist.get_world_size()))  # from now on every rank's are the mean
         run.save({"step": step, "totals": totals, "model": model.state_dict(),
                   "average": average.state_dict(), "optimizer": optimizer.state_dict()})
 
@@ -231,18 +232,17 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
                                 f"{math.exp(-chance):.4f}), {speed:.0f} images/s", refresh=False)
         done, caught = step + 1, run.stop_signal()
         if done % epoch == 0:
-            means = totals / dist.get_world_size()
+            means, seconds = totals / dist.get_world_size(), time.time() - clock
             dist.all_reduce(means)
             mean_loss, mean_accuracy = (means[:2] / means[2]).tolist()
-            seconds = time.time() - clock
             totals.zero_()
-            save(done, mean_loss)
+            save(done)
             run.log("epoch", epoch=done // epoch, step=done, loss=mean_loss,
                     accuracy=mean_accuracy, chance_loss=chance, lr=lr, seconds=round(seconds, 3),
                     images_per_second=round((done - clock_step) * args.batch_size / seconds, 1))
             clock, clock_step = time.time(), done
         elif caught:
-            save(done, loss.item())
+            save(done)
         if caught:
             bar.close()
             run.leave(caught)
@@ -295,11 +295,11 @@ def save_retrieval(model: CPC, dataset, args, device: torch.device, path, rows: 
     gallery = displayable(patches.flatten(0, 2))  # [B*G*G, 3, P, P]
     scale = lambda picture: F.interpolate(picture[None], (S, S), mode="nearest")[0]
     tiles = []
-    for b in range(rows):
+    for b in range(min(rows, len(images))):
         i, j = (G - 1 - k) // 2, b % G  # the middle of what can be predicted from; any column
         shown = images[b].float() / 255
         shown[:, i * args.stride + P:] *= 0.25
-        ranked = (candidates @ predictions[k][b, :, i, j]).topk(5).indices
+        ranked = (candidates @ predictions[k][b, :, i, j]).topk(min(5, len(candidates))).indices
         tiles += [shown, scale(gallery[(b * G + i + k) * G + j]), *(scale(gallery[n]) for n in ranked)]
     save_enlarged(make_grid(torch.stack(tiles).cpu(), nrow=7, padding=2, pad_value=1), path, 96 // S)
 
@@ -323,13 +323,11 @@ def benchmark(args, device: torch.device, dataset, model: CPC, optimizer, bf16: 
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     model.train()
     batches = data.TrainBatches(len(dataset), args.batch_size, args.seed, 0, N + 2)
-    loader = iter(data.make_loader(dataset, data.image_transform(args.image_aug, args.crop, args.min_area),
-                                   batches, device, args.workers))
-    images, _ = next(loader)  # starts the workers
-    begin = now()
-    for images, _ in loader:  # keeps the last
-        pass
-    loading = (now() - begin) / (N + 1)
+    begin = now()  # the start of the workers included: what they prefetch before is not free
+    for images, _ in data.make_loader(dataset, data.image_transform(args.image_aug, args.crop, args.min_area),
+                                      batches, device, args.workers):
+        pass  # keeps the last
+    loading = (now() - begin) / (N + 2)
     images = images.to(device)
 
     patches = make_patches(images, args, device, 0)
@@ -398,7 +396,7 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="v2", help="v1: CPC v1's settings, where Fig. 3 starts")
     # Sec. 4.1, the axes of Fig. 3 and 4
-    add("--arch", choices=ARCHITECTURES, default="resnet161", help="encoder")  # paper
+    add("--arch", choices=ARCHITECTURES, default="resnet161", help="encoder; tiny implies --tiny")  # paper
     add("--norm", choices=NORMS, default="layer", help="in the encoder")  # paper
     add("--stem", choices=STEMS, help="7x7: total stride 16; 3x3: 4, for patches under 32 pixels (default: by --arch)")
     add("--directions", type=int, choices=CPC.TURNS, default=4, help="of prediction")  # paper
@@ -425,7 +423,7 @@ def parse_args(argv: list[str] | None = None):
     add("--average", type=float, default=0.9999, help="Polyak averaging of the encoder, 0 for none")
     # how it runs
     add("--checkpointing", action=BooleanOptionalAction,
-        help="recompute activations in the backward pass (default: for resnet161 on a GPU)")
+        help="recompute activations in the backward pass (default: for 4096 channels on a GPU)")
     add("--compile", action="store_true", help="torch.compile the encoder")
     add("--benchmark", type=int, metavar="N", help="time N steps, train nothing")
 
@@ -453,6 +451,7 @@ def parse_args(argv: list[str] | None = None):
     if args.batch_size < 1 or args.batch_size % world:
         parser.error(f"--batch-size {args.batch_size} does not divide among {world} processes")
     for name, low, high in (("color_drop", 0, 1), ("flip", 0, 1), ("average", 0, 0.9999999), ("min_area", 0.001, 1),
+                            ("hidden", 1, 1e6), ("target_dim", 1, 1e6), ("seed", 0, 2**63 - 1),
                             ("epochs", 1, 1e9), ("lr", 1e-12, 1e3), ("warmup", 0, 1e9), ("clip", 0, 1e9)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not between {low} and {high:g}")

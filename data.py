@@ -174,7 +174,7 @@ class ImageFiles(Dataset):
     def __init__(self, root: Path):
         self.files = sorted(
             os.path.join(folder, name)
-            for folder, _, names in os.walk(root) for name in names
+            for folder, _, names in os.walk(root, followlinks=True) for name in names
             if name.lower().endswith(datasets.folder.IMG_EXTENSIONS))
         if not self.files:
             raise SystemExit(f"no image files under {root}: pass --data DIR")
@@ -237,8 +237,9 @@ def image_transform(kind: str, crop: int, min_area: float = 0.08) -> v2.Compose:
     """PIL image or uint8 tensor -> uint8 tensor [3, crop, crop].
 
     kind: "inception" (random area of min_area..1 of the image, aspect 3/4..4/3, mirrored half the
-    time: Szegedy et al. 2014 in its common reading; A.3), "v1" (CPC v1: a random crop of an image
-    resized in the proportion 300:256, mirrored, grey), or "test" (Sec. 2.2: none, a single crop).
+    time: Szegedy et al. 2014 in its common reading, without colour distortion; A.3), "v1" (CPC v1:
+    a random crop of an image resized in the proportion 300:256, mirrored, grey), or "test"
+    (Sec. 2.2: none, a single crop).
     """
     if kind == "inception":
         steps = [v2.RandomResizedCrop(crop, scale=(min_area, 1.0), ratio=(3 / 4, 4 / 3), antialias=True),
@@ -373,7 +374,7 @@ def augment_patches(patches: Tensor, generator: torch.Generator, color_drop: flo
         # patch, padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7), and the
         # border repeated: a border of zeros, which patches at test time do not have, cost a linear
         # probe on CIFAR-10 25 points of top-1.
-        side = min(P - 1, P * 60 // 64)
+        side = max(1, min(P - 1, P * 60 // 64))
         windows = x.unfold(2, side, 1).unfold(3, side, 1)  # a view [N, 3, P-side+1, P-side+1, side, side]
         row, col = ((P - side + 1) * rand(2, N)).long()
         x = windows[torch.arange(N, device=device), :, row, col]  # [N, 3, side, side]

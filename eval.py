@@ -12,6 +12,7 @@ Results: see the README; at the paper's scale not yet measured.
 Shapes: B batch, G grid side, D latent channels.
 """
 
+import hashlib
 import math
 import os
 
@@ -140,7 +141,7 @@ def parse_args(argv: list[str] | None = None):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size < world or args.batch_size % world:
         parser.error(f"--batch-size {args.batch_size} does not divide among {world} processes")
-    if args.epochs < 1 or args.lr <= 0:
+    if args.epochs < 1 or not 0 < args.lr < math.inf:
         parser.error(f"--epochs {args.epochs} and --lr {args.lr} must be positive")
     return args, encoder, file
 
@@ -163,7 +164,8 @@ def main(args, encoder: Encoder, file: dict) -> None:
         batches = data.TrainBatches(len(train_set), args.batch_size, args.seed, start, steps)
         return data.make_loader(train_set, train_transform, batches, device, args.workers)
 
-    run = Run(args)
+    digest = hashlib.sha256(open(args.encoder, "rb").read()).hexdigest()[:16]
+    run = Run(args, images=len(train_set), encoder_sha256=digest)
     state = run.start(encoder_trained=trained, classes=classes, steps=steps) or {"results": []}
     torch.manual_seed(data.derive_seed(args.seed, "random encoder"))
     random_encoder = Encoder(file["arch"], file["norm"], file["stem"])

@@ -65,7 +65,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, width: int, stride: int, norm: str):
         super().__init__()
-        bias = norm == "none"  # a norm right after a convolution has a bias of its own
+        bias = norm == "none"  # a norm behind, here or after the sum, has a bias of its own
         self.norm1 = norm_layer(norm, in_channels)
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=bias)
         self.norm2 = norm_layer(norm, width)
@@ -267,9 +267,10 @@ class Run:
 
     ELSEWHERE = {"out", "resume", "workers", "checkpointing", "compile", "benchmark"}  # where and how
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, **facts):
+        """facts: what else must be the same for a run to be continued (its images, its encoder)."""
         self.folder, self.signal = Path(args.out), 0
-        self.args = dict(vars(args))
+        self.args, self.facts = dict(vars(args)), facts
         self.is_main = dist.get_rank() == 0
         verdict = [self._open(args.resume) if self.is_main else None]
         dist.broadcast_object_list(verdict)  # rank 0 decides, so that all ranks leave together
@@ -307,15 +308,15 @@ class Run:
                     raise SystemExit(f"{path} was made with {key.replace('_', '-')} {saved['args'].get(key)}, "
                                      f"not {now}: use the same, or another --out")
             state = saved["state"]
-        self.log("start", args=self.args, **fields, resumed=state is not None, commit=git_commit(),
+        self.log("start", args=self.args, **self.facts, **fields, resumed=state is not None, commit=git_commit(),
                  python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__,
                  world_size=dist.get_world_size(), time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         return state
 
     def _identity(self) -> dict:
         """What must be the same for a run to be continued."""
-        return {k: v for k, v in self.args.items() if k not in self.ELSEWHERE} | {
-            "processes": dist.get_world_size()}
+        same = {k: v for k, v in self.args.items() if k not in self.ELSEWHERE}
+        return same | self.facts | {"processes": dist.get_world_size()}
 
     def save(self, state: dict) -> None:
         """Replace the checkpoint, on rank 0. state: tensors and plain values."""

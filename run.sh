@@ -36,7 +36,7 @@ paper() {
     }
     venv=${VENV:-.venv}
     if [ "$data" != DATA ]; then
-        [ -d "$data/train" ] || { echo "run.sh: no folder $data/train: pass ImageNet's folder" >&2; exit 1; }
+        [ -d "$data/train" ] && { [ -d "$data/val" ] || [ -d "$data/test" ]; } || { echo "run.sh: no train/ and val/ under $data: pass ImageNet's folder" >&2; exit 1; }
         environment
     fi
     launch="$venv/bin/torchrun --nproc_per_node=${GPUS:-8}"
@@ -54,7 +54,7 @@ paper() {
     }
     fig3 norm-batch --norm batch                  # LN
     fig3 norm-none --norm none
-    fig3 directions-1 --directions 1              # BU: one direction
+    fig3 directions-1 --directions 1              # down only
     fig3 directions-2 --directions 2              # 2 of 4: without HP
     fig3 lengths-2-5 --lengths 2 3 4 5            # TL: the original lengths
     fig3 no-color-drop --color-drop 0             # RC
