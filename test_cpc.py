@@ -610,7 +610,7 @@ def documented_commands():
     lines = [line for text in (*((HERE / f).read_text() for f in ("README.md", "cpc.py", "eval.py")), paper)
              for line in text.splitlines()]
     pattern = re.compile(r"\s*(?:python|\S*torchrun [^#]*?) (cpc|eval)\.py\b([^#]*)")
-    return [(m[1], shlex.split(m[2])) for m in map(pattern.match, lines) if m]
+    return [(m[1], shlex.split(m[2].replace("$s", "0"))) for m in map(pattern.match, lines) if m]
 
 
 def test_documented_commands_parse(trained):
