@@ -263,8 +263,8 @@ def test_shapes_boxes(size):
 
 
 def test_shapes_class_cannot_be_read_from_pixels():
-    """A linear model on raw pixels, or on colours, stays near chance (10 %; 18 % measured on 8,000
-    images, though no pixel's mean depends on the class: its errors vary less within one)."""
+    """A linear model on raw pixels, or on colours, stays near chance (10 %). No pixel's mean
+    depends on the class; what little is left lies in the variance of the model's scores."""
     def load(split, n):
         items = data.Shapes(split).__getitems__(list(range(n)))
         return torch.stack([x for x, _ in items]).float() / 255, torch.tensor([y for _, y in items])
