@@ -160,6 +160,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def image_transform(args):
+    """Augmentation of the whole image (Sec. 4.1, A.3); CPC v1's images are grey."""
+    return data.image_transform(args.image_aug, args.crop, args.min_area, grey=args.image_aug == "v1")
+
+
 def make_patches(images: Tensor, args, device: torch.device, step: int) -> Tensor:
     """A batch's augmented patches [B, G, G, 3, P, P], different in every step and process."""
     seed = data.derive_seed(args.seed, "patches", step, dist.get_rank())
@@ -209,7 +214,7 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
         run.save({"step": step, "totals": totals, "model": model.state_dict(),
                   "average": average.state_dict(), "optimizer": optimizer.state_dict()})
 
-    transform = data.image_transform(args.image_aug, args.crop, args.min_area)
+    transform = image_transform(args)
     batches = data.TrainBatches(len(dataset), args.batch_size, args.seed, start, steps)
     loader = data.make_loader(dataset, transform, batches, device, args.workers)
     model.train()
@@ -285,7 +290,7 @@ def save_retrieval(model: CPC, dataset, args, device: torch.device, path, rows: 
     looked; the true patch k rows below its last row; the five patches that the prediction ranks
     highest among all patches of 32 training images (not augmented)."""
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:32].tolist()
-    items = data.Seeded(dataset, data.image_transform("test", args.crop)).__getitems__([(i, 0) for i in chosen])
+    items = data.Seeded(dataset, data.image_transform("test", args.crop, grey=args.image_aug == "v1")).__getitems__([(i, 0) for i in chosen])
     images = torch.stack([image for image, _ in items])
     patches = data.to_patches(images, device, args.patch, args.stride)
     G, P, S, k = patches.shape[1], args.patch, args.crop, min(args.lengths)
@@ -324,8 +329,7 @@ def benchmark(args, device: torch.device, dataset, model: CPC, optimizer, bf16: 
     model.train()
     batches = data.TrainBatches(len(dataset), args.batch_size, args.seed, 0, N + 2)
     begin = now()  # the start of the workers included: what they prefetch before is not free
-    for images, _ in data.make_loader(dataset, data.image_transform(args.image_aug, args.crop, args.min_area),
-                                      batches, device, args.workers):
+    for images, _ in data.make_loader(dataset, image_transform(args), batches, device, args.workers):
         pass  # keeps the last
     loading = (now() - begin) / (N + 2)
     images = images.to(device)
@@ -398,7 +402,7 @@ def parse_args(argv: list[str] | None = None):
     # Sec. 4.1, the axes of Fig. 3 and 4
     add("--arch", choices=ARCHITECTURES, default="resnet161", help="encoder; tiny implies --tiny")  # paper
     add("--norm", choices=NORMS, default="layer", help="in the encoder")  # paper
-    add("--stem", choices=STEMS, help="7x7: total stride 16; 3x3: 4, for patches under 32 pixels (default: by --arch)")
+    add("--stem", choices=STEMS, help="7x7: total stride 16; for patches under 32 pixels 3x3/2: 8, 3x3: 4 (default: by --arch)")
     add("--directions", type=int, choices=CPC.TURNS, default=4, help="of prediction")  # paper
     add("--lengths", type=int, nargs="+", default=[2, 3], metavar="K", help="of prediction, rows")  # paper
     add("--color-drop", type=float, default=0.5, help="probability for a patch")  # ours: not stated

@@ -107,6 +107,10 @@ class Shapes(Dataset):
     def __len__(self) -> int:
         return self.LENGTH[self.split]
 
+    @property
+    def targets(self) -> list[int]:
+        return [i % len(self.classes) for i in range(len(self))]
+
     def _outlines(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """(uniform numbers [B, 5, 16]: a row for each object, one for the image; objects as masks
         [B, 4, S, S], an absent one empty)."""
@@ -207,7 +211,8 @@ def load_dataset(data: str, split: str, size: int) -> Dataset:
             elif data == "stl10":
                 dataset = datasets.STL10(DOWNLOADS, {"pretrain": "unlabeled"}.get(split, split), download=True)
             else:
-                dataset = datasets.Imagenette(DOWNLOADS, "train" if train else "val", download=True)
+                datasets.Imagenette(DOWNLOADS, download=True)
+                dataset = datasets.ImageFolder(DOWNLOADS / "imagenette2" / ("train" if train else "val"))
         except (OSError, RuntimeError) as error:
             raise SystemExit(f"cannot download {data} to {DOWNLOADS}/: {str(error).splitlines()[0]}")
         if not waits:
@@ -229,28 +234,88 @@ def load_dataset(data: str, split: str, size: int) -> Dataset:
 
 
 # ---------------------------------------------------------------------------------------------
+# Labels
+# ---------------------------------------------------------------------------------------------
+
+
+def targets(dataset: Dataset) -> list[int]:
+    """Every image's class, without reading an image."""
+    return [int(y) for y in (dataset.targets if hasattr(dataset, "targets") else dataset.labels)]
+
+
+def image_names(dataset: Dataset) -> list[str]:
+    """What a list of images calls them: file names, as in the published lists of ImageNet subsets
+    (S4L, SimCLR); CLASS/NAME where classes share names; numbers where there are no files."""
+    if not isinstance(dataset, datasets.ImageFolder):
+        return [f"{i:05d}" for i in range(len(dataset))]
+    paths = [Path(path) for path, _ in dataset.samples]
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]
+
+
+def label_subset(targets: list[int], fraction: float, seed: int, held_out: float = 0.0) -> tuple[list[int], list[int]]:
+    """The images whose labels are used (Sec. 2.2: 1 % to 100 %), and held-out ones to select on
+    (A.4: "a separate validation set"): two sorted lists of indices.
+
+    Each class's images in an order fixed by the seed: the subset is its first `fraction`, so that
+    the 1 % is inside the 2 %, rounded, at least one; held out is its last `held_out`, the same for
+    every fraction. They never overlap: at 100 % the subset is all but the held-out images."""
+    chosen, held = [], []
+    for label in sorted(set(targets)):
+        indices = [i for i, y in enumerate(targets) if y == label]
+        random.Random(derive_seed(seed, "subset", label)).shuffle(indices)
+        last = len(indices) - min(round(held_out * len(indices)), len(indices) - 1)
+        chosen += indices[:min(last, max(1, round(fraction * len(indices))))]
+        held += indices[last:]
+    return sorted(chosen), sorted(held)
+
+
+def read_subset(path: str, dataset: Dataset) -> list[int]:
+    """The indices of the images that a list names, one a line: NAME or CLASS/NAME. Only images of
+    the data set can be named. Exits with one line on a missing file or an unknown name."""
+    try:
+        names = Path(path).read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"cannot read --subset {path}: {getattr(error, 'strerror', 'not a text file')}")
+    index = {name: i for i, name in enumerate(image_names(dataset))}
+    if isinstance(dataset, datasets.ImageFolder):
+        index |= {f"{Path(p).parent.name}/{Path(p).name}": i for i, (p, _) in enumerate(dataset.samples)}
+    names = [name.strip() for name in names if name.strip()]
+    unknown = [name for name in names if name not in index]
+    if unknown or not names:
+        raise SystemExit(f"--subset {path}: {len(unknown)} of {len(names)} lines name no training image"
+                         + "".join(f", the first {name!r}" for name in unknown[:1]))
+    return sorted({index[name] for name in names})
+
+
+# ---------------------------------------------------------------------------------------------
 # Image augmentation
 # ---------------------------------------------------------------------------------------------
 
 
-def image_transform(kind: str, crop: int, min_area: float = 0.08) -> v2.Compose:
+def image_transform(kind: str, crop: int, min_area: float = 0.08, distort: bool = False,
+                    grey: bool = False) -> v2.Compose:
     """PIL image or uint8 tensor -> uint8 tensor [3, crop, crop].
 
     kind: "inception" (random area of min_area..1 of the image, aspect 3/4..4/3, mirrored half the
-    time: Szegedy et al. 2014 in its common reading, without colour distortion; A.3), "v1" (CPC v1:
-    a random crop of an image resized in the proportion 300:256, mirrored, grey), or "test"
-    (Sec. 2.2: none, a single crop).
+    time: Szegedy et al. 2014 in its common reading; A.3), "v1" (CPC v1: a random crop of an image
+    resized in the proportion 300:256, mirrored), or "test" (Sec. 2.2: none, a single crop).
+    distort: Inception's random brightness, contrast, saturation and hue; grey: as CPC v1 sees.
     """
     if kind == "inception":
         steps = [v2.RandomResizedCrop(crop, scale=(min_area, 1.0), ratio=(3 / 4, 4 / 3), antialias=True),
                  v2.RandomHorizontalFlip()]
     elif kind == "v1":
         steps = [v2.Resize(round(crop * 300 / 256), antialias=True), v2.RandomCrop(crop),
-                 v2.RandomHorizontalFlip(), v2.Grayscale(3)]
+                 v2.RandomHorizontalFlip()]
     else:
         # ours: ImageNet's usual 224 of 256, for every size: objects as large as the inception crop
         # shows them on average. The whole image instead cost 10 points of top-1 on CIFAR-10.
         steps = [v2.Resize(round(crop / 0.875), antialias=True), v2.CenterCrop(crop)]
+    if distort:  # ours: the ranges of Inception's published preprocessing
+        steps.append(v2.ColorJitter(brightness=32 / 255, contrast=0.5, saturation=0.5, hue=0.2))
+    if grey:
+        steps.append(v2.Grayscale(3))
     return v2.Compose([*steps, v2.PILToTensor()])
 
 

@@ -1,30 +1,51 @@
-"""What a representation is worth (Sec. 2.2): linear classification on frozen latents (A.3).
+"""What a representation is worth: classification with all labels or a few (Sec. 2.2, 4.2, A.3, A.4).
 
-    python eval.py                              # runs/cpc/encoder.pt, on the data it was trained on
-    python eval.py --encoder runs/x/encoder.pt --data DIR --out runs/x-linear
-    torchrun --nproc_per_node=8 eval.py --data imagenet
+    python eval.py                                           # linear classification, all labels (A.3)
+    python eval.py --labels 0.01 0.1 1 --supervised          # Fig. 1: CPC and pixels, by labels
+    python eval.py --labels 0.01 --held-out 0                # no label but the 1 %: a fixed schedule
+    python eval.py --labels 0.01 --head none --supervised resnet50 resnet152 --sweep 8
+    python eval.py --encoder runs/cpc/encoder.pt random torchvision:resnet50:FILE --labels 0.1
+    torchrun --nproc_per_node=8 eval.py --data imagenet --labels 0.01 0.1 1
 
-The encoder is frozen, and shown to be; the same probe on the same network with random weights, and
-chance, stand beside it: what they reach is not CPC's merit.
+Linear: the encoder frozen, batch norm and one linear layer. Efficient (`--labels`): an 11-block
+ResNet on the frozen latents, then both fine-tuned from that solution. Supervised: the same labels,
+held-out images and augmentation, from pixels. A `result` line in log.jsonl for each, then a table.
 
 Results: see the README; at the paper's scale not yet measured.
 
 Shapes: B batch, G grid side, D latent channels.
 """
 
+import copy
 import hashlib
 import math
 import os
+import random
+import statistics
+import time
+from argparse import BooleanOptionalAction
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.utils.data import Subset
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data
-from resnet import Encoder, Parser, Run, load_encoder
+from resnet import ARCHITECTURES, STEMS, Bottleneck, Encoder, Parser, Run, load_encoder
+
+# ---------------------------------------------------------------------------------------------
+# Classifiers h_psi: latents [B, D, G, G] -> logits [B, classes]
+# ---------------------------------------------------------------------------------------------
 
 
 class LinearProbe(nn.Module):
@@ -41,155 +62,557 @@ class LinearProbe(nn.Module):
         return self.conv(self.norm(latents)).mean((2, 3))
 
 
+def pooled_linear(channels: int, classes: int, dropout: float) -> nn.Sequential:
+    """Mean-pool, A.4's "DropOut layer before the final linear classification layer", linear."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(channels, classes))
+
+
+def resnet_head(in_channels: int, classes: int, dropout: float = 0.0, channels: int = 4096,
+                width: int = 1024) -> nn.Sequential:
+    """Sec. 2.2: "an 11-block ResNet architecture with 4096-dimensional feature maps and
+    1024-dimensional bottleneck layers"."""
+    # ours: batch norm, as in the supervised ResNets; no stride on a 6x6 grid
+    blocks = (Bottleneck(channels if n else in_channels, channels, width, 1, "batch") for n in range(11))
+    return nn.Sequential(*blocks, nn.BatchNorm2d(channels), nn.ReLU(), pooled_linear(channels, classes, dropout))
+
+
+class Classifier(nn.Module):
+    """h_psi o f_theta. frozen: f_theta is a fixed function, its batch norms' statistics too."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module, frozen: bool):
+        super().__init__()
+        self.encoder, self.head, self.frozen = encoder.requires_grad_(not frozen), head, frozen
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen)
+        return self
+
+    def latents(self, inputs: Tensor) -> Tensor:
+        """Patches [B, G, G, 3, P, P] or whole images [B, 3, S, S] -> [B, D, G, G]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.encoder.grid(inputs) if inputs.dim() == 6 else self.encoder.features(inputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.latents(inputs)).float()
+
+
+# ---------------------------------------------------------------------------------------------
+# Representations f_theta: a row of the table each
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """Something that turns images into latents, and how images get there.
+
+    make: seed -> a new network with `grid` or `features`; patch None: it sees whole images."""
+
+    name: str  # cpc, random, pixels, patched, torchvision: the result's "encoder"
+    arch: str
+    make: Callable[[int], nn.Module]
+    crop: int
+    patch: int | None = None
+    stride: int | None = None
+    supervised: bool = False  # trained from scratch on the labels
+    trained: dict = field(default_factory=dict)  # pre-training's arguments, for its augmentation
+
+    def inputs(self, images: Tensor, device: torch.device, seed: int | None = None, **augmentation) -> Tensor:
+        """uint8 [B, 3, S, S] -> what the network takes; a whole image is one patch as large as it."""
+        patches = data.to_patches(images, device, self.patch or self.crop, self.stride or 1, seed, **augmentation)
+        return patches if self.patch else patches.flatten(0, 2)
+
+
+class TorchvisionGrid(nn.Module):
+    """Any torchvision classification model as f_theta: its last feature map [B, D, h, w], h > 1."""
+
+    def __init__(self, name: str, weights: str | None, crop: int):
+        super().__init__()
+        model = models.get_model(name, weights=None)
+        if weights:
+            try:
+                model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            except Exception as error:  # foreign bytes, another model's weights: no common base class
+                raise SystemExit(f"{weights} does not hold torchvision's weights of {name}: {str(error).splitlines()[0]}")
+        nodes = get_graph_node_names(model.eval())[1]
+        with torch.no_grad():
+            maps = create_feature_extractor(model, nodes)(torch.zeros(1, 3, crop, crop))
+        grids = [n for n, m in maps.items() if isinstance(m, Tensor) and m.dim() == 4 and min(m.shape[2:]) > 1]
+        if not grids:
+            raise SystemExit(f"torchvision's {name} has no feature map [B, D, h, w] for {crop} pixels")
+        self.out_channels = maps[grids[-1]].shape[1]
+        self.extract = create_feature_extractor(model, {grids[-1]: "grid"})
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.extract(images)["grid"]
+
+
+def seeded(seed: int, purpose: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """A network whose initial weights are a function of the seed."""
+    torch.manual_seed(data.derive_seed(seed, purpose))
+    return make()
+
+
+def find_sources(args, encoders: list[tuple[str, tuple | None]]) -> list[Source]:
+    """The rows that `--encoder` and `--supervised` ask for."""
+    file = next((loaded[1] for _, loaded in encoders if loaded), None)
+    if file is None and ("random" in args.encoder or any("patched" in name for name in args.supervised)):
+        raise SystemExit("random and patched take their architecture and patches from an encoder.pt: name one in --encoder")
+    sources = []
+    for name, loaded in encoders if args.head != "none" else []:
+        if name == "random":
+            make = lambda seed: seeded(seed, "random", lambda: Encoder(file["arch"], file["norm"], file["stem"]))
+        elif loaded is None:
+            _, model, *weights = name.split(":", 2)
+            make = partial(seeded, purpose=name, make=partial(TorchvisionGrid, model, *weights or [None], args.crop))
+            make(0)  # so that what cannot be used is refused at once
+            sources.append(Source("torchvision", model, make, args.crop))
+            continue
+        else:
+            make = lambda seed, encoder=loaded[0]: copy.deepcopy(encoder)
+        f = loaded[1] if loaded else file
+        sources.append(Source("random" if name == "random" else "cpc", f["arch"], make, f["crop"], f["patch"],
+                              f["stride"], trained=f["trained"]))
+    for name in args.supervised:
+        if name.startswith("patched"):  # Sec. 4.1: 66.4 % with batch norm, 62.5 % without
+            norm = "none" if name == "patched-none" else "batch"
+            make = partial(seeded, purpose=name, make=partial(Encoder, file["arch"], norm, file["stem"]))
+            sources.append(Source(name, file["arch"], make, file["crop"], file["patch"], file["stride"], True))
+        else:  # A.4
+            make = partial(seeded, purpose=name, make=partial(Encoder, name.split(":")[0], "batch", *name.split(":")[1:]))
+            sources.append(Source("pixels", name, make, args.crop, supervised=True))
+    return sources
+
+
+# ---------------------------------------------------------------------------------------------
+# Training a classifier
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recipe:
+    """How one classifier is trained; what `--sweep` varies."""
+
+    epochs: float
+    batch_size: int
+    lr: float
+    weight_decay: float
+    dropout: float
+
+    def variant(self, seed: int) -> "Recipe":
+        """A.4's grid, around this one: lr {0.05, 0.1, 0.2}, the batch size or half of it, weight decay
+        logarithmically from 1e-5 to 1e-2, drop-out linearly from 0 to 1 (ours: 0.9, which still learns)."""
+        draw = random.Random(seed)
+        return replace(self, lr=self.lr * draw.choice((0.5, 1, 2)), batch_size=self.batch_size // draw.choice((1, 2)),
+                       weight_decay=10 ** draw.uniform(-5, -2), dropout=draw.uniform(0, 0.9))
+
+
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """Top-1 and top-5 hits and the number of images, int64 [3]. logits [B, C], labels [B]."""
     ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     return torch.stack((ranked[:, 0].sum(), ranked.sum(), torch.tensor(len(labels), device=labels.device)))
 
 
-class Frozen:
-    """The encoder f_theta* as a fixed function from images to latents, as encoder.pt describes it."""
+class Bench:
+    """Images with labels, and how they reach a classifier: what training and testing share."""
 
-    def __init__(self, encoder: Encoder, file: dict, device: torch.device, bf16: bool):
-        self.encoder = encoder.to(device).eval().requires_grad_(False)
-        self.file, self.device, self.bf16 = file, device, bf16
-        self.before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    CACHE = 4 << 30  # ours: bytes of latents a process keeps
+
+    def __init__(self, args, source: Source, device: torch.device, bf16: bool):
+        self.args, self.source, self.device, self.bf16 = args, source, device, bf16
+        self.caches = {}  # name of a set of images -> its latents and labels
+        linear, trained = args.head == "linear" and not source.supervised, source.trained
+        grey = trained.get("image_aug") == "v1"
+        if linear and trained:
+            # Sec. 2.2: "the same data-augmentation as in the unsupervised learning phase"
+            kind, self.augmentation = trained["image_aug"], {k: trained[k] for k in ("color_drop", "jitter", "flip")}
+            min_area = trained["min_area"]
+        else:  # Sec. 2.2: "In addition to random color-dropping ... the Inception data-augmentation scheme"
+            kind, min_area, self.augmentation = "inception", args.min_area, dict(color_drop=args.color_drop)
+        self.train_transform = data.image_transform(kind, source.crop, min_area, args.distort and not linear, grey)
+        self.test_transform = data.image_transform("test", source.crop, grey=grey)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def train_batches(self, images, batch: int, seed: int, start: int, stop: int):
+        """(inputs, labels) of steps start to stop, augmented."""
+        batches = data.TrainBatches(len(images), batch, seed, start, stop)
+        loader = data.make_loader(images, self.train_transform, batches, self.device, self.args.workers)
+        for step, (x, y) in enumerate(loader, start):
+            patch_seed = data.derive_seed(seed, "patches", step, dist.get_rank())
+            yield self.source.inputs(x, self.device, patch_seed, **self.augmentation), y.to(self.device)
 
     @torch.no_grad()
-    def latents(self, images: Tensor, seed: int | None = None) -> Tensor:
-        """uint8 [B, 3, S, S] -> float32 [B, D, G, G]; with a seed, under the pre-training's
-        augmentation (Sec. 2.2: "the same data-augmentation as in the unsupervised learning phase")."""
-        same = {k: self.file["trained"][k] for k in ("color_drop", "jitter", "flip")}
-        patches = data.to_patches(images, self.device, self.file["patch"], self.file["stride"], seed, **same)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.encoder.grid(patches)
+    def latents(self, model: Classifier, images, cache: str):
+        """(latents, labels) of all images, this process's share, without augmentation. A frozen
+        encoder computes them once, if they fit: there is nothing random about them."""
+        if model.frozen and cache in self.caches:
+            for z, y in self.caches[cache]:
+                yield z.to(self.device), y.to(self.device)
+            return
+        batches = data.TestBatches(len(images), max(1, self.args.batch_size // dist.get_world_size()))
+        kept, size = [], 0
+        for x, y in data.make_loader(images, self.test_transform, batches, self.device, self.args.workers):
+            with self.autocast():
+                z = model.latents(self.source.inputs(x, self.device))
+            size += z.nbytes
+            if model.frozen and size <= self.CACHE:
+                kept.append((z.cpu(), y))
+            yield z, y.to(self.device)
+        if model.frozen and size <= self.CACHE:
+            self.caches[cache] = kept
 
-    def assert_unchanged(self) -> None:
-        """Frozen means bit-identical, the statistics of a batch norm included."""
-        for key, value in self.encoder.state_dict().items():
-            assert torch.equal(value, self.before[key]), f"the frozen encoder's {key} has changed"
+    @torch.no_grad()
+    def accuracy(self, model: Classifier, images, cache: str) -> tuple[float, float]:
+        """Top-1 and top-5 in percent over all processes: a single crop (Sec. 2.2)."""
+        model.eval()
+        for buffer in model.head.buffers() if model.frozen else model.buffers():
+            if buffer.is_floating_point():  # every process has batch norm statistics of its own share
+                dist.all_reduce(buffer.div_(dist.get_world_size()))
+        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
+        for z, y in self.latents(model, images, cache):
+            with self.autocast():
+                counts += count_correct(model.head(z).float(), y)
+        dist.all_reduce(counts)
+        top1, top5, n = counts.tolist()
+        return 100 * top1 / n, 100 * top5 / n
 
 
-def train_probe(name: str, frozen: Frozen, loaders, args, run: Run, state: dict, classes: int, steps: int,
-                epoch: int) -> nn.Module:
-    """Train a LinearProbe (A.3: Adam, softmax cross-entropy) for `steps` steps, from `state` on."""
-    torch.manual_seed(data.derive_seed(args.seed, "probe"))
-    probe = LinearProbe(frozen.encoder.out_channels, classes).to(frozen.device)
-    optimizer = torch.optim.Adam((p for p in probe.parameters() if p.requires_grad), args.lr)
-    start = state.get("step", 0)
-    if start:
-        probe.load_state_dict(state["probe"])
+def fit(bench: Bench, model: Classifier, recipe: Recipe, optimizer, key: str, images, held_out, seed: int, run: Run,
+        state: dict) -> float | None:
+    """Train `model` in place and return its held-out top-1 (None: no held-out images).
+
+    Held-out images are tested ten times along the way and the best of the ten states is restored:
+    early stopping (Sec. 2.2) with all of the schedule as its patience. Without them: the last."""
+    world = dist.get_world_size()
+    batch = min(recipe.batch_size, len(images)) // world * world
+    if not batch:
+        raise SystemExit(f"{len(images)} labelled images do not fill a batch of {world} processes")
+    steps = max(1, round(recipe.epochs * len(images) / batch))
+    part = model.head if model.frozen else model  # what is trained, and saved
+    adam = isinstance(optimizer, torch.optim.Adam)
+    schedule = LambdaLR(optimizer, lambda step: 1.0) if adam else OneCycleLR(  # paper: A.3 names a rate, no schedule
+        optimizer, recipe.lr, steps, pct_start=0.1, cycle_momentum=False)  # ours: up over a tenth, down by a cosine
+    start, best, best_top1, totals = 0, None, -1.0, torch.zeros(2, device=bench.device)
+    if state.get("key") == key:
+        start, best, best_top1 = state["step"], state["best"], state["best_top1"]
+        part.load_state_dict(state["part"])
         optimizer.load_state_dict(state["optimizer"])
-    ddp = DistributedDataParallel(probe, broadcast_buffers=False)
-    total = torch.zeros(2, device=frozen.device)  # sum of losses, steps
-    bar = tqdm(loaders(start), desc=name, initial=start, total=steps, disable=not run.is_main, mininterval=1)
-    for step, (images, labels) in enumerate(bar, start):
-        seed = data.derive_seed(args.seed, "patches", step, dist.get_rank())
-        loss = F.cross_entropy(ddp(frozen.latents(images, seed)), labels.to(frozen.device))
+        schedule.load_state_dict(state["schedule"])
+        totals += state["totals"].to(bench.device)
+    ddp = DistributedDataParallel(model)
+    tests = {math.ceil(steps * n / 10) for n in range(1, 11)}
+    batches = bench.train_batches(images, batch, seed, start, steps)
+    bar = tqdm(batches, desc=key, initial=start, total=steps, disable=not run.is_main, mininterval=1)
+    model.train()
+    for done, (inputs, labels) in enumerate(bar, start + 1):
+        torch.manual_seed(data.derive_seed(seed, "drop-out", done, dist.get_rank()))  # resumed, it drops the same
+        with bench.autocast():
+            logits = ddp(inputs)
+        loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += torch.stack((loss.detach(), torch.ones_like(loss)))
-        done, caught = step + 1, run.stop_signal()
-        if done % epoch == 0:
-            mean = (total[0] / total[1]).item()
-            bar.set_postfix_str(f"loss {mean:.3f} of chance {math.log(classes):.3f}", refresh=False)
-            run.log("epoch", encoder=name, epoch=done // epoch, step=done, loss=mean)
-            total.zero_()
-        if caught or done % epoch == 0:
-            state.update(step=done, probe=probe.state_dict(), optimizer=optimizer.state_dict())
+        schedule.step()
+        totals += torch.stack((loss.detach(), torch.ones_like(loss)))
+        caught = run.stop_signal()
+        if done in tests:
+            dist.all_reduce(totals)
+            mean = (totals[0] / totals[1]).item()
+            if not math.isfinite(mean):
+                raise SystemExit(f"{key}: loss is not finite at step {done}, learning rate "
+                                 f"{schedule.get_last_lr()[0]:.2e}: lower --lr; the last checkpoint is kept")
+            totals.zero_()
+            top1 = None
+            if len(held_out):
+                top1, _ = bench.accuracy(model, held_out, f"held-out-{seed}")
+                model.train()
+                if top1 > best_top1:
+                    best, best_top1 = {k: v.clone() for k, v in part.state_dict().items()}, top1
+            bar.set_postfix_str(f"loss {mean:.3f}" + (f", held-out {top1:.1f} %" if len(held_out) else ""), refresh=False)
+            run.log("train", fit=key, step=done, steps=steps, loss=mean, held_out=top1)
+        if caught or done in tests:
+            state.update(key=key, step=done, part=part.state_dict(), optimizer=optimizer.state_dict(), totals=totals,
+                         schedule=schedule.state_dict(), best=best, best_top1=best_top1)
             run.save(state)
         if caught:
             bar.close()
             run.leave(caught)
-    for buffer in probe.buffers():  # every process has running statistics of its own share
-        dist.broadcast(buffer, 0)
-    return probe.eval()
+    if best:
+        part.load_state_dict(best)
+    return best_top1 if best else None
+
+
+def sweep(classify_trial: Callable, recipe: Recipe, trials: int, state: dict) -> Recipe:
+    """The recipe with the best held-out top-1 among this one and `trials` - 1 variants of it."""
+    recipes = [recipe if n == 0 else recipe.variant(n) for n in range(trials)]
+    keys = [classify_trial(r, trial=f" trial {n}") for n, r in enumerate(recipes)]
+    return recipes[max(range(trials), key=lambda n: state["done"][keys[n]]["held_out_top1"])]
+
+
+def assert_unchanged(encoder: nn.Module, before: dict) -> None:
+    """Frozen means bit-identical, the statistics of a batch norm included."""
+    for key, value in encoder.state_dict().items():
+        assert torch.equal(value, before[key]), f"the frozen encoder's {key} has changed"
+
+
+def classify(bench: Bench, recipe: Recipe, labels: float, images, held_out, test_set, classes: int, seed: int,
+             run: Run, state: dict, trial: str = "") -> str:
+    """One cell of the table: a classifier on frozen latents, then (ResNet head) fine-tuned; or one
+    from scratch. Tests and reports each stage, unless it is a trial: that has its first stage only.
+    Returns the key of the last stage in state["done"]."""
+    args, source = bench.args, bench.source
+    supervised = source.supervised
+    encoder = source.make(seed)
+    D = encoder.out_channels
+    torch.manual_seed(data.derive_seed(seed, "head"))
+    if supervised:
+        head = pooled_linear(D, classes, recipe.dropout)
+    elif args.head == "linear":
+        head = LinearProbe(D, classes)
+    else:
+        size = (D, D // 4) if args.tiny else (4096, 1024)  # paper: 4096 and 1024
+        head = resnet_head(D, classes, recipe.dropout, *size)
+    model = Classifier(encoder, head, frozen=not supervised).to(bench.device)
+    stages = ["pixels"] if supervised else ["frozen"]
+    if not supervised and args.head == "resnet" and not trial:
+        stages.append("finetuned")
+    for stage in stages:
+        key = f"{source.name}/{source.arch}/{stage}/{labels:g}/seed {seed}{trial}"
+        if stage == "finetuned":
+            # Sec. 2.2: from "the solutions theta*, psi*", "a smaller learning rate and early-stopping"
+            recipe = replace(recipe, lr=args.finetune_lr, epochs=recipe.epochs * args.finetune_epochs / args.epochs)
+            model.frozen = False
+            model.requires_grad_(True)
+        if key in state["done"]:
+            if key in state["solution"]:  # where the next stage starts
+                model.head.load_state_dict(state["solution"][key])
+            continue
+        weights = [p for p in model.parameters() if p.requires_grad]
+        if args.head == "linear" and not supervised:
+            optimizer = torch.optim.Adam(weights, recipe.lr)  # paper: A.3
+        else:  # ours: A.4 names its learning rates and weight decays, not the optimiser they suit
+            optimizer = torch.optim.SGD(weights, recipe.lr, momentum=0.9, nesterov=True,
+                                        weight_decay=recipe.weight_decay)
+        before, clock = {k: v.clone() for k, v in model.encoder.state_dict().items()}, time.time()
+        held_top1 = fit(bench, model, recipe, optimizer, key, images, held_out, seed, run, state)
+        if model.frozen:
+            assert_unchanged(model.encoder, before)
+        done = dict(held_out_top1=held_top1, seconds=round(time.time() - clock, 1), recipe=vars(recipe))
+        if trial:
+            run.log("trial", fit=key, **done)
+        else:
+            top1, top5 = bench.accuracy(model, test_set, "test")
+            done |= dict(encoder=source.name, arch=source.arch, head="linear" if supervised else args.head,
+                         finetuned=not model.frozen, labels=labels, labelled_images=len(images),
+                         held_out_images=len(held_out), seed=seed, top1=round(top1, 3), top5=round(top5, 3))
+            run.log("result", **done)
+        finished = state["done"] | {key: done}
+        solution = {} if stage == stages[-1] else {key: model.head.state_dict()}
+        state.clear()
+        state.update(done=finished, solution=solution)
+        run.save(state)
+    return key
+
+
+# ---------------------------------------------------------------------------------------------
+# What is shown
+# ---------------------------------------------------------------------------------------------
+
+
+def row_name(result: dict) -> str:
+    """A row of the table."""
+    how = {("linear", False): "linear", ("resnet", False): "fixed", ("resnet", True): "fine-tuned"}
+    return f"{result['encoder']} {result['arch']} " + how.get((result["head"], result["finetuned"]), "supervised")
+
+
+def print_tables(results: list[dict], classes: int, test_images: int) -> None:
+    """Table 5's shape, top-1 and top-5: a column for each fraction of labels, mean ± standard
+    deviation over seeds."""
+    fractions = sorted({r["labels"] for r in results})
+    rows = list(dict.fromkeys(map(row_name, results)))
+    width = max(map(len, rows)) + 2
+    cells = lambda values: "".join(f"{v:>14}" for v in values)
+    seen = {f: next(r for r in results if r["labels"] == f) for f in fractions}
+    held = results[0]["held_out_images"]
+    print(f"\n{test_images} test images, {classes} classes, {len({r['seed'] for r in results})} seeds; labels seen: "
+          f"those of the column and {held} held-out ones to stop and select by")
+    print(f"{'labelled images':{width}}" + cells(seen[f]["labelled_images"] for f in fractions))
+    for top, chance in (("top1", 1), ("top5", min(5, classes))):
+        print(f"{top[:3] + '-' + top[3:] + ' %':{width}}" + cells(f"{100 * f:g} %" for f in fractions))
+        for row in rows:
+            found = [[r[top] for r in results if row_name(r) == row and r["labels"] == f] for f in fractions]
+            print(f"{row:{width}}" + cells(
+                f"{statistics.mean(v):.1f}" + (f" ± {statistics.stdev(v):.1f}" if len(v) > 1 else "") for v in found))
+        print(f"{'chance':{width}}" + cells([f"{100 * chance / classes:.1f}"] * len(fractions)))
 
 
 @torch.no_grad()
-def test(frozen: Frozen, probe: nn.Module, loader) -> tuple[float, float]:
-    """Top-1 and top-5 in percent, over all processes: no augmentation, a single crop (Sec. 2.2)."""
-    counts = torch.zeros(3, dtype=torch.int64, device=frozen.device)
-    for images, labels in loader:
-        counts += count_correct(probe(frozen.latents(images)), labels.to(frozen.device))
-    dist.all_reduce(counts)
-    top1, top5, images = counts.tolist()
-    return 100 * top1 / images, 100 * top5 / images
+def save_neighbours(bench: Bench, test_set, path, queries: int = 10, among: int = 1000) -> None:
+    """A row each: a test image, and the five nearest others among the first 1,000 of a shuffle, by
+    the angle between their mean latents. No label is used."""
+    chosen = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(0))[:among].tolist()
+    encoder, z, shown = bench.source.make(0).to(bench.device).eval(), [], []
+    model = Classifier(encoder, nn.Identity(), frozen=True)
+    images = data.Seeded(Subset(test_set, chosen), bench.test_transform)
+    for start in range(0, len(chosen), 50):
+        batch = torch.stack([x for x, _ in images.__getitems__([(i, 0) for i in range(start, min(start + 50, len(chosen)))])])
+        with bench.autocast():
+            z.append(model.latents(bench.source.inputs(batch, bench.device)).mean((2, 3)).float())
+        shown.append(batch)
+    z, shown = F.normalize(torch.cat(z), dim=1), torch.cat(shown)  # [N, D], [N, 3, S, S]
+    nearest = (z[:queries] @ z.T).topk(min(6, len(z))).indices.cpu()  # itself first
+    enlarge = max(1, 96 // shown.shape[-1])
+    tiles = shown[nearest.flatten()].repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    save_image(make_grid(tiles / 255, nrow=nearest.shape[1], padding=2, pad_value=1), path)
 
 
-# ours: epochs are not stated; at tiny scale a few hundred steps must do
-TINY = dict(epochs=4, batch_size=64, lr=5e-3)
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+LINEAR = dict(epochs=30, batch_size=512, lr=5e-4, weight_decay=0.0, held_out=0.0)  # paper: A.3, Adam 5e-4, 512
+# ours: at tiny scale a few hundred steps must do
+TINY = dict(tiny=True, crop=32, epochs=10, finetune_epochs=5, batch_size=64, held_out=0.05)
+TINY_LINEAR = dict(epochs=4, lr=5e-3, held_out=0.0)
 
 
 def parse_args(argv: list[str] | None = None):
-    """The command line, checked. Reads the encoder, whose scale and data are the defaults."""
+    """The command line, checked. Reads the encoders: the first one's scale, data and augmentation
+    are the defaults. Returns (args, [(name, (encoder, file) or None), ...])."""
     parser = Parser(__doc__, out="runs/eval")
     add = parser.add_argument
-    add("--encoder", default="runs/cpc/encoder.pt", help="what cpc.py wrote")
-    add("--epochs", type=int, default=30, help="over the training images")  # ours
-    add("--batch-size", type=int, default=512, help="images of all processes together")  # paper: A.3
-    add("--lr", type=float, default=5e-4, help="of Adam")  # paper: A.3
+    add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME",
+        help="what cpc.py wrote; random: the same network untrained; torchvision:MODEL[:WEIGHTS]: one of torchvision's")
+    add("--head", choices=("linear", "resnet", "none"), help="on the latents; none: the supervised rows alone "
+        "(default: linear, with --labels resnet)")
+    add("--labels", type=float, nargs="+", metavar="F", help="fractions of the training labels (default: 1)")
+    add("--subset", metavar="FILE", help="the labelled images by name, one a line, instead of --labels")
+    add("--supervised", nargs="*", metavar="ARCH", help="also from pixels (A.4): resnet50, resnet101, resnet152 "
+        "(default); from scratch as CPC's encoder: patched, with batch norm, or patched-none")
+    add("--held-out", type=float, default=0.02, help="fraction of the training images to stop and select by, "
+        "0 for a fixed schedule (default: 0.02, linear probe 0)")  # ours
+    add("--sweep", type=int, default=0, metavar="N", help="recipes tried for each row and fraction")  # A.4
+    add("--seeds", type=int, default=1, help="runs, each with its own labels and weights")
+    # the recipe: ours, but for A.4's learning rates, and for the linear probe's
+    add("--epochs", type=float, default=50, help="at 100 %% of labels; fewer labels F get 1 / sqrt(F) times as many")
+    add("--finetune-epochs", type=float, default=50, help="the same; the supervised rows get both together")
+    add("--batch-size", type=int, default=512, help="images of all processes together")
+    add("--lr", type=float, default=0.1, help="peak learning rate, linear probe: of Adam")
+    add("--finetune-lr", type=float, default=0.01, help="peak learning rate of fine-tuning")
+    add("--weight-decay", type=float, default=1e-4, help="of all weights")
+    add("--dropout", type=float, default=0.2, help="before the last layer")
+    # Sec. 2.2, A.4: Inception preprocessing and color-dropping
+    add("--crop", type=int, default=240, help="side of the image, where no encoder.pt says it")
+    add("--min-area", type=float, default=0.08, help="of the inception crop, a share of the image")
+    add("--color-drop", type=float, default=0.5, help="probability for a patch or a whole image")
+    add("--distort", action=BooleanOptionalAction, default=True, help="Inception's colour distortion")
+
     early = parser.parse_known_args(argv)[0]
-    if not os.path.exists(early.encoder):
-        parser.error(f"no encoder at {early.encoder}: run cpc.py first, or pass --encoder FILE")
-    encoder, file = load_encoder(early.encoder)
-    parser.set_defaults(data=file["trained"]["data"])
-    if early.tiny or file["arch"] == "tiny":
-        parser.set_defaults_checked(TINY | {"tiny": True})
+    supervised_alone = early.head == "none" or (early.supervised is not None and not (early.labels or early.subset))
+    head = early.head or ("none" if supervised_alone else "resnet" if early.labels or early.subset else "linear")
+    if head == "linear":
+        parser.set_defaults_checked(LINEAR)
+    encoders = []
+    for name in early.encoder:
+        file = None
+        if name != "random" and not name.startswith("torchvision:"):
+            if os.path.exists(name):
+                file = load_encoder(name)
+            elif not (head == "none" and early.encoder == parser.get_default("encoder")):  # nothing to build on is fine
+                parser.error(f"no encoder at {name}: run cpc.py first, or pass --encoder FILE")
+        encoders.append((name, file))
+    first = next((file for _, file in encoders if file), None)
+    if early.tiny or first and first[1]["arch"] in ("tiny", "small"):
+        parser.set_defaults_checked(TINY | (TINY_LINEAR if head == "linear" else {}))
+    if first:
+        trained = first[1]["trained"]
+        parser.set_defaults_checked({k: trained[k] for k in ("data", "color_drop", "min_area")} | dict(crop=first[1]["crop"]))
     args = parser.parse_args(argv)
+    args.head, args.labels = head, sorted(set(args.labels or [1.0]))
+    args.data = args.data or ("shapes" if args.tiny else "imagenet")
+    if args.supervised is None:
+        args.supervised = []
+    elif not args.supervised:
+        args.supervised = ["small" if args.tiny else "resnet152"]  # ours: a small ResNet v2 stands in
+    return check_args(parser, args), encoders
+
+
+def check_args(parser: Parser, args):
+    """Exit with one line on flags that are out of range or cannot work together."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    for name in args.supervised:
+        arch, _, stem = name.partition(":")
+        if name not in ("patched", "patched-none") and (arch not in ARCHITECTURES or stem not in ("", *STEMS)):
+            parser.error(f"--supervised {name} is none of {', '.join(ARCHITECTURES)}, patched, patched-none")
+    for name in args.encoder:
+        if name.startswith("torchvision:") and name.split(":")[1] not in models.list_models(models):
+            parser.error(f"--encoder {name}: torchvision has no such classification model")
+    if args.head == "linear" and args.supervised:
+        parser.error("--supervised beside --head linear: their learning rates differ, run it alone with --head none")
+    if args.head == "none" and not args.supervised:
+        parser.error("--head none leaves nothing to train: pass --supervised")
+    if args.subset and args.labels != [1.0]:
+        parser.error("--subset and --labels both say which labels are used: pass one")
+    if args.sweep and not args.held_out:
+        parser.error("--sweep needs held-out images to select by: pass --held-out")
     if args.batch_size < world or args.batch_size % world:
         parser.error(f"--batch-size {args.batch_size} does not divide among {world} processes")
-    if args.epochs < 1 or not 0 < args.lr < math.inf:
-        parser.error(f"--epochs {args.epochs} and --lr {args.lr} must be positive")
-    return args, encoder, file
+    for name, low, high in (("labels", 1e-9, 1), ("held_out", 0, 0.5), ("sweep", 0, 1e6), ("seeds", 1, 1e6),
+                            ("seed", 0, 2**62), ("epochs", 1e-3, 1e6), ("finetune_epochs", 1e-3, 1e6), ("lr", 1e-12, 1e3),
+                            ("finetune_lr", 1e-12, 1e3), ("weight_decay", 0, 1), ("dropout", 0, 0.99), ("crop", 1, 1e5),
+                            ("min_area", 0.001, 1), ("color_drop", 0, 1)):
+        value = getattr(args, name)
+        if not all(low <= v <= high for v in (value if isinstance(value, list) else [value])):
+            parser.error(f"--{name.replace('_', '-')} {value} is not between {low:g} and {high:g}")
+    return args
 
 
-def main(args, encoder: Encoder, file: dict) -> None:
-    """The probe on the trained encoder, then on a random one; a result line and a table row each."""
+def labelled_images(args, dataset, seed: int) -> list[tuple[float, list[int], list[int]]]:
+    """(fraction, indices, held-out indices) for every column of the table."""
+    targets = data.targets(dataset)
+    if not args.subset:
+        return [(f, *data.label_subset(targets, f, seed, args.held_out)) for f in args.labels]
+    chosen = data.read_subset(args.subset, dataset)
+    rest = sorted(set(range(len(dataset))) - set(chosen))
+    held = data.label_subset([targets[i] for i in rest], 1, seed, args.held_out)[1]
+    return [(round(len(chosen) / len(dataset), 4), chosen, [rest[i] for i in held])]
+
+
+def main(args, encoders) -> None:
+    """Every seed, row and fraction; a result line each, and a table."""
     device = data.start_process()
     bf16 = data.has_bf16(device) if args.bf16 is None else args.bf16
-    crop, trained = file["crop"], file["trained"]
-    train_set, test_set = (data.load_dataset(args.data, split, crop) for split in ("train", "test"))
+    train_set, test_set = (data.load_dataset(args.data, split, args.crop) for split in ("train", "test"))
     if train_set.classes != test_set.classes:
         raise SystemExit(f"{args.data}: the training and test folders hold different classes")
-    classes, epoch = len(train_set.classes), len(train_set) // args.batch_size
-    if not epoch:
-        raise SystemExit(f"{args.data} has {len(train_set)} images, fewer than --batch-size {args.batch_size}")
-    steps = args.epochs * epoch
-    train_transform = data.image_transform(trained["image_aug"], crop, trained["min_area"])
-
-    def train_batches(start: int):
-        batches = data.TrainBatches(len(train_set), args.batch_size, args.seed, start, steps)
-        return data.make_loader(train_set, train_transform, batches, device, args.workers)
-
-    digest = hashlib.sha256(open(args.encoder, "rb").read()).hexdigest()[:16]
-    run = Run(args, images=len(train_set), encoder_sha256=digest)
-    state = run.start(encoder_trained=trained, classes=classes, steps=steps) or {"results": []}
-    torch.manual_seed(data.derive_seed(args.seed, "random encoder"))
-    random_encoder = Encoder(file["arch"], file["norm"], file["stem"])
-    for n, (name, network) in enumerate({"cpc": encoder, "random": random_encoder}.items()):
-        if n < len(state["results"]):
-            continue  # finished before this run was resumed
-        frozen = Frozen(network, file, device, bf16)
-        probe = train_probe(name, frozen, train_batches, args, run, state, classes, steps, epoch)
-        batches = data.TestBatches(len(test_set), max(1, args.batch_size // dist.get_world_size()))
-        test_loader = data.make_loader(test_set, data.image_transform("test", crop), batches, device, args.workers)
-        top1, top5 = test(frozen, probe, test_loader)
-        frozen.assert_unchanged()
-        result = dict(encoder=name, head="linear", labels=1.0, seed=args.seed,
-                      top1=round(top1, 3), top5=round(top5, 3))
-        state = {"results": state["results"] + [result]}
-        run.log("result", **result)
-        run.save(state)
-
+    classes, names = len(train_set.classes), data.image_names(train_set)
+    sources = find_sources(args, encoders)
+    files = [path for name in args.encoder for path in name.split(":")[-1:] if os.path.isfile(path)]
+    run = Run(args, images=len(train_set), encoders=[hashlib.sha256(open(f, "rb").read()).hexdigest()[:16] for f in files])
+    state, chosen = run.start(classes=classes) or {"done": {}, "solution": {}}, {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        columns = labelled_images(args, train_set, seed)
+        if run.is_main:
+            for name, indices in [*((f"labels-{f:g}", i) for f, i, _ in columns), ("held-out", columns[0][2])]:
+                (run.folder / f"{name}-seed-{seed}.txt").write_text("".join(names[i] + "\n" for i in indices))
+        for source in sources:
+            bench = Bench(args, source, device, bf16)
+            for labels, indices, held in columns:
+                # ours: fewer labels are seen more often, in fewer steps all the same
+                epochs = (args.epochs + source.supervised * args.finetune_epochs) / math.sqrt(len(indices) / len(train_set))
+                recipe = Recipe(epochs, args.batch_size, args.lr, args.weight_decay, args.dropout)
+                cell = partial(classify, bench, labels=labels, images=Subset(train_set, indices),
+                               held_out=Subset(train_set, held), test_set=test_set, classes=classes, seed=seed,
+                               run=run, state=state)
+                where = source.name, source.arch, labels
+                if where not in chosen:  # on the first seed's labels, for all seeds
+                    chosen[where] = sweep(cell, recipe, args.sweep, state) if args.sweep else recipe
+                cell(chosen[where])
     if run.is_main:
-        print(f"\nlinear classification, {len(test_set)} test images, {classes} classes")
-        print(f"{'':16}{'top-1':>8}{'top-5':>8}")
-        print(f"{'chance':16}{100 / classes:8.1f}{100 * min(5, classes) / classes:8.1f}")
-        for result in reversed(state["results"]):
-            print(f"{result['encoder']:16}{result['top1']:8.1f}{result['top5']:8.1f}")
+        save_neighbours(Bench(args, sources[0], device, bf16), test_set, run.folder / "neighbours.png")
+        print_tables([r for r in state["done"].values() if "top1" in r], classes, len(test_set))
 
 
 if __name__ == "__main__":

@@ -38,11 +38,15 @@ ARCHITECTURES = {
     # paper: Fig. 4, right: only deeper, only wider.
     "resnet161-deep": ((3, 4, 46), (256, 512, 1024), (64, 128, 256), "7x7"),
     "resnet161-wide": ((3, 4, 23), (256, 512, 4096), (64, 128, 512), "7x7"),
+    # paper: A.4, the supervised baselines: all four stacks, on whole images, with batch norm
+    "resnet50": ((3, 4, 6, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
+    "resnet101": ((3, 4, 23, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
+    "resnet152": ((3, 8, 36, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
     # ours: CPU scale, for the tests, `--tiny` and small images.
     "small": ((2, 2, 2), (128, 256, 512), (32, 64, 128), "3x3"),
     "tiny": ((1, 1, 1), (64, 128, 256), (32, 32, 64), "3x3"),
 }
-STEMS = ("7x7", "3x3")
+STEMS = {"7x7": 4, "3x3/2": 2, "3x3": 1}  # and their strides; ours: the last two are for small patches
 NORMS = ("layer", "batch", "none")  # paper: Sec. 4.1, "Layer normalization", compares the three
 
 
@@ -87,9 +91,9 @@ class Bottleneck(nn.Module):
 class Encoder(nn.Module):
     """f_theta: one vector per patch (`forward`), or a feature map per image (`features`).
 
-    arch: a key of ARCHITECTURES; norm: one of NORMS; stem: "7x7" (7x7/2, 3x3/2 max-pool: total
-    stride 16) or "3x3" (3x3/1: total stride 4, for patches under 32 pixels), None for the
-    architecture's own; checkpointing: recompute each block in the backward pass.
+    arch: a key of ARCHITECTURES; norm: one of NORMS; stem: "7x7" (7x7/2, 3x3/2 max-pool: with three
+    stacks a total stride of 16), "3x3/2" (8) or "3x3" (4), the two for patches under 32 pixels, None
+    for the architecture's own; checkpointing: recompute each block in the backward pass.
     """
 
     def __init__(self, arch: str = "resnet161", norm: str = "layer", stem: str | None = None,
@@ -99,13 +103,13 @@ class Encoder(nn.Module):
         self.arch, self.norm, self.stem = arch, norm, stem or own_stem
         self.checkpointing = checkpointing
         self.out_channels = channels[-1]
-        self.stride = 16 if self.stem == "7x7" else 4
+        self.stride = STEMS[self.stem] * 2 ** (len(blocks) - 1)
         bias = norm == "none"
         if self.stem == "7x7":
             self.conv1 = nn.Conv2d(3, widths[0], 7, 2, padding=3, bias=bias)
             self.pool = nn.MaxPool2d(3, 2, padding=1)
         else:
-            self.conv1 = nn.Conv2d(3, widths[0], 3, 1, padding=1, bias=bias)
+            self.conv1 = nn.Conv2d(3, widths[0], 3, STEMS[self.stem], padding=1, bias=bias)
             self.pool = nn.Identity()
         self.blocks = nn.ModuleList()
         c = widths[0]

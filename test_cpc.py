@@ -5,9 +5,11 @@
 Sections follow the files: encoder, patches and data, objective, probe, whole commands.
 """
 
+import copy
 import json
 import math
 import os
+import random
 import re
 import shlex
 import signal
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +25,8 @@ import torch.distributed as dist
 from PIL import Image
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
+from torchvision import models
 from torchvision.transforms.v2.functional import to_pil_image
 
 import cpc
@@ -433,18 +438,197 @@ def test_count_correct():
     assert evaluation.count_correct(logits[:, :3], labels % 3)[1] == 50  # fewer than five classes
 
 
-@pytest.mark.parametrize("norm", ["layer", "batch"])
-def test_frozen_is_bit_identical(norm):
-    file = dict(patch=8, stride=6, trained=dict(color_drop=0.5, jitter=True, flip=0.0))
-    frozen = evaluation.Frozen(resnet.Encoder("tiny", norm), file, CPU, bf16=False)
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    latents = frozen.latents(images, seed=1)
-    assert latents.shape == (4, 256, 5, 5) and not latents.requires_grad
-    assert not torch.equal(latents, frozen.latents(images, seed=2)) and torch.equal(latents, frozen.latents(images, 1))
-    frozen.assert_unchanged()
-    frozen.encoder.state_dict()["final_norm.bias"][0] += 1e-3
+# ---------------------------------------------------------------------------------------------
+# Few labels
+# ---------------------------------------------------------------------------------------------
+
+
+def test_label_subsets():
+    """Sec. 2.2: balanced, the smaller inside the larger, fixed by the seed, at least one image of
+    each class; held out (A.4) are other images, the same for every fraction."""
+    targets = [0] * 130 + [1] * 130 + [2] * 5
+    random.Random(0).shuffle(targets)
+    fractions = (0.001, 0.01, 0.02, 0.1, 0.5, 1.0)
+    before, held = set(), data.label_subset(targets, 1.0, 0, 0.1)[1]
+    assert [sum(targets[i] == c for i in held) for c in (0, 1, 2)] == [13, 13, 0]
+    for fraction in fractions:
+        chosen, held_out = data.label_subset(targets, fraction, 0, 0.1)
+        assert chosen == data.label_subset(targets, fraction, 0, 0.1)[0] and held_out == held
+        counts = [sum(targets[i] == c for i in chosen) for c in (0, 1, 2)]
+        assert counts[0] == counts[1] == min(117, max(1, round(130 * fraction))) and counts[2] >= 1
+        assert before <= set(chosen) and not set(chosen) & set(held)
+        before = set(chosen)
+    assert before | set(held) == set(range(len(targets)))  # 100 %: everything that is not held out
+    assert data.label_subset(targets, 1.0, 0)[0] == list(range(len(targets)))
+    assert data.label_subset(targets, 0.1, 0)[0] != data.label_subset(targets, 0.1, 1)[0]
+
+
+def test_subset_lists(folder, tmp_path):
+    """Names of images, as S4L and SimCLR publish them; what names no training image is refused."""
+    train = data.load_dataset(str(folder), "train", 32)
+    names, path = data.image_names(train), tmp_path / "list.txt"
+    assert len(set(names)) == 40 and "0.png" in names
+    path.write_text("\n".join([names[7], names[3], "class 0/2.jpg", ""]))
+    assert data.read_subset(path, train) == sorted({3, 7, names.index("2.jpg")})
+    for bad in ("../../secret.jpg", "/etc/passwd", ""):
+        path.write_text(bad)
+        with pytest.raises(SystemExit, match="name no training image"):
+            data.read_subset(path, train)
+    with pytest.raises(SystemExit, match="cannot read --subset"):
+        data.read_subset(tmp_path / "none.txt", train)
+
+
+def test_resnet_head():
+    """Sec. 2.2's 11 blocks, 4096 channels, 1024 in the bottleneck: 196.1 M, without norms and classifier."""
+    with torch.device("meta"):
+        head = evaluation.resnet_head(4096, 1000)
+    sizes = {"norm": 0, "conv": 0, "linear": 0}
+    for m in head.modules():
+        kind = {"BatchNorm2d": "norm", "Conv2d": "conv", "Linear": "linear"}.get(type(m).__name__)
+        if kind:
+            sizes[kind] += sum(p.numel() for p in m.parameters())
+    assert sizes["conv"] / 1e6 == pytest.approx(196.1, abs=0.05) and sizes["linear"] == 4096 * 1000 + 1000
+    assert sum(isinstance(m, resnet.Bottleneck) for m in head.modules()) == 11
+
+
+@pytest.fixture
+def encoder_file(tmp_path, request):
+    norm = getattr(request, "param", "layer")
+    path = tmp_path / "encoder.pt"
+    trained = dict(data="shapes", color_drop=0.5, jitter=True, flip=0.0, min_area=0.6, image_aug="inception")
+    resnet.save_encoder(path, seeded(lambda: resnet.Encoder("tiny", norm)), dict(
+        crop=32, patch=8, stride=6, mean=data.MEAN, std=data.STD), trained)
+    return path
+
+
+def seeded(make, seed=0):
+    torch.manual_seed(seed)
+    return make()
+
+
+def make_bench(encoder, *flags):
+    args, encoders = evaluation.parse_args(["--encoder", str(encoder), "--workers", "0", "--batch-size", "8", *flags])
+    return evaluation.Bench(args, evaluation.find_sources(args, encoders)[0], CPU, bf16=False)
+
+
+def fit_cell(bench, tmp_path, **changes):
+    """One cell of the table, without a folder: what `classify` logged and saved."""
+    shapes, saved, logged = data.Shapes("train"), [], []
+    run = SimpleNamespace(is_main=False, log=lambda event, **fields: logged.append((event, fields)),
+                          save=lambda state: saved.append(copy.deepcopy(state)), stop_signal=lambda: 0)
+    recipe = evaluation.Recipe(epochs=4, batch_size=8, lr=0.05, weight_decay=0.0, dropout=0.0)
+    cell = dict(recipe=recipe, labels=0.1, images=Subset(shapes, range(24)), held_out=Subset(shapes, range(100, 120)),
+                test_set=Subset(data.Shapes("test"), range(20)), classes=10, seed=0, run=run,
+                state={"done": {}, "solution": {}})
+    evaluation.classify(bench, **cell | changes)
+    return logged, saved
+
+
+@pytest.mark.parametrize("encoder_file", ["layer", "batch"], indirect=True)
+def test_frozen_then_fine_tuned(encoder_file, tmp_path, monkeypatch):
+    """Sec. 2.2: frozen is bit-identical, batch norm's statistics included; fine-tuning starts from
+    both solutions, moves the encoder, and at a smaller rate."""
+    seen, fit = [], evaluation.fit
+
+    def spy(bench, model, recipe, *rest):
+        before = copy.deepcopy(model.state_dict())
+        result = fit(bench, model, recipe, *rest)
+        seen.append((model.frozen, recipe.lr, before, copy.deepcopy(model.state_dict())))
+        return result
+
+    monkeypatch.setattr(evaluation, "fit", spy)
+    logged, _ = fit_cell(make_bench(encoder_file, "--labels", "0.1"), tmp_path)
+    (frozen, lr, start, solution), (frozen2, lr2, start2, end) = seen
+    equal = lambda a, b, part: {torch.equal(a[k], b[k]) for k in a if k.startswith(part)}
+    assert frozen and not frozen2 and lr2 < lr
+    assert equal(start, solution, "encoder.") == {True} and False in equal(start, solution, "head.")
+    assert equal(solution, start2, "") == {True}
+    assert False in equal(start2, end, "encoder.")
+    if "encoder.final_norm.running_mean" in end:
+        assert not torch.equal(start2["encoder.final_norm.running_mean"], end["encoder.final_norm.running_mean"])
+    results = [fields for event, fields in logged if event == "result"]
+    assert [(r["head"], r["finetuned"], r["labelled_images"]) for r in results] == [("resnet", False, 24), ("resnet", True, 24)]
+
+
+def test_frozen_is_checked(encoder_file):
+    encoder = resnet.load_encoder(encoder_file)[0]
+    before = copy.deepcopy(encoder.state_dict())
+    evaluation.assert_unchanged(encoder, before)
+    encoder.state_dict()["final_norm.bias"][0] += 1e-3
     with pytest.raises(AssertionError, match="has changed"):
-        frozen.assert_unchanged()
+        evaluation.assert_unchanged(encoder, before)
+
+
+def test_early_stopping_restores_the_best_state(encoder_file, tmp_path, monkeypatch):
+    bench, states = make_bench(encoder_file, "--head", "linear", "--held-out", "0.1"), []
+    scores = [10, 40, 20, 70, 30, 70, 5, 5, 5, 5]
+
+    def accuracy(model, images, cache):
+        if cache == "test":
+            states.append(copy.deepcopy(model.head.state_dict()))
+            return 0.0, 0.0
+        states.append(copy.deepcopy(model.head.state_dict()))
+        return scores[len(states) - 1], 0.0
+
+    monkeypatch.setattr(bench, "accuracy", accuracy)
+    logged, _ = fit_cell(bench, tmp_path)
+    assert len(states) == 11 and logged[-1][1]["held_out_top1"] == 70
+    assert all(torch.equal(a, b) for a, b in zip(states[10].values(), states[3].values()))
+    assert not torch.equal(states[10]["conv.weight"], states[9]["conv.weight"])
+
+
+def test_cached_latents_change_nothing(encoder_file):
+    bench = make_bench(encoder_file, "--labels", "0.1")
+    model = evaluation.Classifier(bench.source.make(0), evaluation.resnet_head(256, 10, 0, 256, 64), frozen=True)
+    images = Subset(data.Shapes("test"), range(30))
+    first = bench.accuracy(model, images, "test")
+    assert len(bench.caches["test"]) == 4 and bench.accuracy(model, images, "test") == first
+    model.frozen = False  # fine-tuned: never from the cache
+    model.encoder.conv1.weight.data.zero_()
+    assert not any(torch.equal(z, c) for (z, _), (c, _) in zip(bench.latents(model, images, "test"), bench.caches["test"]))
+
+
+def test_linear_trains_as_pretraining_saw_and_efficient_with_inception(encoder_file):
+    """Sec. 2.2: the probe has the pre-training's augmentation, jitter included; efficient
+    classification Inception's, with its colours, and colour dropping."""
+    linear, efficient = make_bench(encoder_file), make_bench(encoder_file, "--labels", "0.1")
+    assert linear.augmentation == dict(color_drop=0.5, jitter=True, flip=0.0)
+    assert efficient.augmentation == dict(color_drop=0.5)
+    distorts = lambda bench: any("ColorJitter" in type(t).__name__ for t in bench.train_transform.transforms)
+    assert (distorts(linear), distorts(efficient)) == (False, True)
+
+
+def test_sweep_selects_by_held_out_images_alone():
+    state, held = {"done": {}}, {" trial 0": 30.0, " trial 1": 50.0, " trial 2": 40.0}
+
+    def trial(recipe, trial):
+        state["done"][trial] = {"held_out_top1": held[trial]}
+        return trial
+
+    recipe = evaluation.Recipe(10, 64, 0.1, 1e-4, 0.2)
+    chosen = evaluation.sweep(trial, recipe, 3, state)
+    assert chosen == recipe.variant(1) != recipe and chosen.epochs == 10
+    for n in range(200):  # A.4's grid
+        v = recipe.variant(n)
+        assert v.lr in (0.05, 0.1, 0.2) and v.batch_size in (32, 64)
+        assert 1e-5 <= v.weight_decay <= 1e-2 and 0 <= v.dropout <= 0.9
+
+
+@pytest.mark.parametrize("name, channels, side", [("resnet18", 512, 2), ("mobilenet_v3_small", 576, 2)])
+def test_torchvision_models_are_representations_too(name, channels, side, tmp_path):
+    """Table 2 does it for BigBiGAN and AMDIM: any [B, D, h, w] grid in CPC's place."""
+    weights = tmp_path / "weights.pth"
+    model = seeded(lambda: models.get_model(name, weights=None))
+    torch.save(model.state_dict(), weights)
+    ours = seeded(lambda: evaluation.TorchvisionGrid(name, str(weights), 64), seed=1).eval()
+    grid = ours.features(torch.randn(2, 3, 64, 64, generator=generator()))
+    assert grid.shape == (2, channels, side, side) and ours.out_channels == channels
+    if name == "resnet18":  # its own pooled features and classifier
+        x = torch.randn(2, 3, 64, 64, generator=generator())
+        assert torch.allclose(model.eval()(x), model.fc(grid.mean((2, 3))), atol=1e-4)
+    torch.save({"x": torch.zeros(1)}, weights)
+    with pytest.raises(SystemExit, match=f"does not hold torchvision's weights of {name}"):
+        evaluation.TorchvisionGrid(name, str(weights), 64)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -513,15 +697,78 @@ def test_benchmark_counts_what_pencil_and_paper_count(folder, tmp_path):
 
 
 def test_probe_command(trained, folder, tmp_path):
-    done = run("eval.py", "--encoder", trained / "encoder.pt", "--epochs", 1, "--batch-size", 8,
+    done = run("eval.py", "--encoder", trained / "encoder.pt", "random", "--epochs", 1, "--batch-size", 8,
                "--out", tmp_path / "e")
     assert done.returncode == 0, done.stderr
     results = events(tmp_path / "e", "result")
     assert [r["encoder"] for r in results] == ["cpc", "random"]
     for r in results:
-        assert (r["head"], r["labels"], r["seed"], r["top5"]) == ("linear", 1.0, 0, 100)
+        assert (r["head"], r["finetuned"], r["labels"], r["labelled_images"]) == ("linear", False, 1.0, 40)
+        assert (r["held_out_images"], r["seed"], r["top5"]) == (0, 0, 100)
         assert r["top1"] in [round(100 * n / 11, 3) for n in range(12)]
-    assert "chance" in done.stdout
+    assert "chance" in done.stdout and min(Image.open(tmp_path / "e" / "neighbours.png").size) > 100
+
+
+FEW_LABELS = ["--labels", "1", "0.25", "--supervised", "patched", "tiny", "--seeds", "2", "--epochs", "1",
+              "--finetune-epochs", "1", "--batch-size", "8", "--held-out", "0.2", "--sweep", "2"]
+
+
+@pytest.fixture(scope="session")
+def few_labels(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("few") / "e"
+    done = run("eval.py", "--encoder", trained / "encoder.pt", *FEW_LABELS, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_few_labels_command(few_labels):
+    """Every cell of the small Fig. 1 once; the lists of its labels; a table of means."""
+    out, printed = few_labels
+    results = events(out, "result")
+    cells = [(r["encoder"], r["finetuned"], r["labels"], r["seed"]) for r in results]
+    rows = [("cpc", False), ("cpc", True), ("patched", True), ("pixels", True)]
+    assert sorted(cells) == sorted((*row, f, s) for row in rows for f in (0.25, 1.0) for s in (0, 1))
+    assert {(r["labels"], r["labelled_images"], r["held_out_images"]) for r in results} == {(0.25, 10, 8), (1.0, 32, 8)}
+    assert len(events(out, "trial")) == 3 * 2 * 2  # a row and fraction each, on the first seed's labels
+    few, all_, held = ([(out / f"{name}-seed-{s}.txt").read_text().split() for s in (0, 1)]
+                       for name in ("labels-0.25", "labels-1", "held-out"))
+    for seed in (0, 1):
+        assert set(few[seed]) < set(all_[seed]) and not set(all_[seed]) & set(held[seed]) and len(held[seed]) == 8
+    assert few[0] != few[1]
+    mean = sum(r["top1"] for r in results if (r["encoder"], r["finetuned"], r["labels"]) == ("cpc", True, 0.25)) / 2
+    row = next(line for line in printed.splitlines() if line.startswith("cpc tiny fine-tuned"))
+    assert f"{mean:.1f} ±" in row and row.count("±") == 2
+
+
+def test_resumed_evaluation_is_exact_and_repeats_nothing(few_labels, trained, tmp_path):
+    """Stopped by SIGTERM in a fine-tuning, resumed: the same results, each fit trained once."""
+    out = tmp_path / "e"
+    flags = ["--encoder", trained / "encoder.pt", *FEW_LABELS, "--out", out]
+    process = subprocess.Popen(command("eval.py", *flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (out.exists() and "finetuned" in (out / "log.jsonl").read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert "--resume" in process.communicate()[1].splitlines()[-1] and process.returncode == 143
+    done = run("eval.py", *flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    fields = lambda out, event, *names: [[e[n] for n in names] for e in events(out, event)]
+    for event, names in (("result", ("encoder", "labels", "seed", "held_out_top1", "top1", "recipe")),
+                         ("train", ("fit", "step", "loss"))):
+        assert fields(out, event, *names) == fields(few_labels[0], event, *names)
+
+
+def test_fixed_schedule_and_subset_list(trained, folder, tmp_path):
+    """--held-out 0: no label is seen but the listed ones."""
+    names = data.image_names(data.load_dataset(str(folder), "train", 32))
+    (tmp_path / "list.txt").write_text("\n".join(names[:12]))
+    done = run("eval.py", "--encoder", trained / "encoder.pt", "--subset", tmp_path / "list.txt", "--held-out", 0,
+               "--epochs", 0.5, "--finetune-epochs", 0.5, "--batch-size", 8, "--out", tmp_path / "e")
+    assert done.returncode == 0, done.stderr
+    results = events(tmp_path / "e", "result")
+    assert [(r["labels"], r["labelled_images"], r["held_out_images"], r["held_out_top1"]) for r in results] == [(0.3, 12, 0, None)] * 2
+    assert (tmp_path / "e" / "labels-0.3-seed-0.txt").read_text().split("\n")[:-1] == sorted(names[:12], key=names.index)
+    assert "0 held-out" in done.stdout
 
 
 def test_resume_is_exact(trained, folder, tmp_path):
@@ -552,9 +799,10 @@ def test_two_processes(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [e["step"] for e in events(tmp_path / "two", "epoch")] == [5, 10]
     assert events(tmp_path / "two", "epoch")[0]["chance_loss"] == pytest.approx(math.log(4 * 25))  # local negatives
-    done = run("eval.py", "--encoder", tmp_path / "two" / "encoder.pt", "--epochs", 1, "--batch-size", 8,
-               "--out", tmp_path / "e", processes=2)
+    done = run("eval.py", "--encoder", tmp_path / "two" / "encoder.pt", "--labels", 0.5, "--epochs", 1, "--batch-size", 8,
+               "--held-out", 0.2, "--out", tmp_path / "e", processes=2)
     assert done.returncode == 0, done.stderr
+    assert len(events(tmp_path / "e", "result")) == 2
     assert all(r["top1"] in [round(100 * n / 11, 3) for n in range(12)] for r in events(tmp_path / "e", "result"))
 
 
@@ -584,6 +832,13 @@ def check_two_processes():
     ("cpc.py", ["--tiny", "--color-drop", "2"], "--color-drop 2.0 is not between 0 and 1"),
     ("cpc.py", ["--tiny", "--direction", "4"], "unrecognized arguments"),
     ("eval.py", ["--encoder", "none.pt"], "no encoder at none.pt: run cpc.py first"),
+    ("eval.py", ["--tiny", "--head", "none", "--supervised", "vgg"], "--supervised vgg is none of"),
+    ("eval.py", ["--tiny", "--head", "none"], "--head none leaves nothing to train"),
+    ("eval.py", ["--tiny", "--supervised", "--labels", "0", "--head", "none"], "--labels [0.0] is not between"),
+    ("eval.py", ["--tiny", "--supervised", "--sweep", "4", "--held-out", "0"], "--sweep needs held-out images"),
+    ("eval.py", ["--tiny", "--supervised", "patched"], "random and patched take their architecture"),
+    ("eval.py", ["--tiny", "--encoder", "torchvision:resnet19"], "torchvision has no such"),
+    ("eval.py", ["--tiny", "--encoder", "torchvision:vit_b_16"], "no feature map"),
 ])
 def test_mistakes_get_one_line(script, flags, message, tmp_path):
     done = run(script, *flags, cwd=tmp_path)
