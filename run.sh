@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The table of contents of the experiments, in the paper's order.
 #
-#   ./run.sh              tiny scale, end to end, on the embedded data set: two CPU cores, five minutes
+#   ./run.sh              tiny scale, end to end, on the embedded data set: two CPU cores, under seven minutes
 #   ./run.sh test         the tests
 #   ./run.sh paper        print the paper's commands;  ./run.sh paper DATA  runs them on 8 GPUs
 #
@@ -25,7 +25,8 @@ tiny() {
     while [ -e "runs/tiny-$n" ]; do n=$((n + 1)); done
     out=${OUT:-runs/tiny-$n}
     "$python" cpc.py --tiny --out "$out/cpc"                                       # Sec. 2.1, 4.1
-    "$python" eval.py --encoder "$out/cpc/encoder.pt" --out "$out/linear"          # A.3
+    "$python" eval.py --encoder "$out/cpc/encoder.pt" --out "$out/linear"          # Table 1: A.3
+    "$python" eval.py --encoder "$out/cpc/encoder.pt" --labels 0.01 0.1 1 --supervised --out "$out/labels"  # Fig. 1
 }
 
 paper() {
@@ -43,14 +44,23 @@ paper() {
     # Table 1, CPC v2: pre-training (Sec. 4.1), then linear classification (A.3)
     go $launch cpc.py --data "$data" --out runs/v2 --resume
     go $launch eval.py --data "$data" --encoder runs/v2/encoder.pt --out runs/v2-linear --resume
+    # Fig. 1, Table 5: efficient classification (Sec. 4.2), and supervised from pixels (A.4), tuned alike
+    labels="0.01 0.02 0.05 0.1 0.2 0.5 1"
+    go $launch eval.py --data "$data" --encoder runs/v2/encoder.pt --labels $labels --sweep 8 --out runs/v2-labels --resume
+    go $launch eval.py --data "$data" --head none --supervised resnet50 resnet101 resnet152 --labels $labels --sweep 8 --out runs/supervised --resume
+    # 1 % of the labels and no other: a fixed schedule, for both
+    go $launch eval.py --data "$data" --encoder runs/v2/encoder.pt --labels 0.01 --supervised --held-out 0 --out runs/v2-1percent --resume
+    # Sec. 4.1: the patched encoder itself, supervised from scratch, with batch norm (66.4 %) and without (62.5 %)
+    go $launch eval.py --data "$data" --encoder runs/v2/encoder.pt --supervised patched patched-none --out runs/patched --resume
     # Table 1, CPC v1, and where Fig. 3 starts
     go $launch cpc.py --data "$data" --preset v1 --out runs/v1 --resume
     go $launch eval.py --data "$data" --encoder runs/v1/encoder.pt --out runs/v1-linear --resume
-    # Fig. 3 and 4: the larger encoder, one change from v2 at a time
+    # Fig. 3 and 4: the larger encoder, one change from v2 at a time; linear, and with few labels
     fig3() {
         name=$1; shift
         go $launch cpc.py --data "$data" --out "runs/$name" --resume "$@"
         go $launch eval.py --data "$data" --encoder "runs/$name/encoder.pt" --out "runs/$name-linear" --resume
+        go $launch eval.py --data "$data" --encoder "runs/$name/encoder.pt" --labels 0.01 0.1 --out "runs/$name-labels" --resume
     }
     fig3 norm-batch --norm batch                  # LN
     fig3 norm-none --norm none

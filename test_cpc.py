@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
@@ -511,33 +512,32 @@ def make_bench(encoder, *flags):
     return evaluation.Bench(args, evaluation.find_sources(args, encoders)[0], CPU, bf16=False)
 
 
-def fit_cell(bench, tmp_path, **changes):
-    """One cell of the table, without a folder: what `classify` logged and saved."""
-    shapes, saved, logged = data.Shapes("train"), [], []
+def fit_cell(bench, held_out=20):
+    """One cell of the table, without a folder: what `classify` logged."""
+    shapes, logged = data.Shapes("train"), []
     run = SimpleNamespace(is_main=False, log=lambda event, **fields: logged.append((event, fields)),
-                          save=lambda state: saved.append(copy.deepcopy(state)), stop_signal=lambda: 0)
-    recipe = evaluation.Recipe(epochs=4, batch_size=8, lr=0.05, weight_decay=0.0, dropout=0.0)
-    cell = dict(recipe=recipe, labels=0.1, images=Subset(shapes, range(24)), held_out=Subset(shapes, range(100, 120)),
-                test_set=Subset(data.Shapes("test"), range(20)), classes=10, seed=0, run=run,
-                state={"done": {}, "solution": {}})
-    evaluation.classify(bench, **cell | changes)
-    return logged, saved
+                          save=lambda state: None, stop_signal=lambda: 0)
+    recipe = evaluation.Recipe(epochs=4, min_steps=0, batch_size=8, lr=0.05, weight_decay=0.0, dropout=0.0)
+    task = evaluation.Task(0.1, 0, 10, Subset(shapes, range(24)), Subset(shapes, range(100, 100 + held_out)),
+                           Subset(data.Shapes("test"), range(20)))
+    evaluation.classify(bench, task, recipe, run, {"done": {}, "solution": {}})
+    return logged
 
 
 @pytest.mark.parametrize("encoder_file", ["layer", "batch"], indirect=True)
-def test_frozen_then_fine_tuned(encoder_file, tmp_path, monkeypatch):
+def test_frozen_then_fine_tuned(encoder_file, monkeypatch):
     """Sec. 2.2: frozen is bit-identical, batch norm's statistics included; fine-tuning starts from
     both solutions, moves the encoder, and at a smaller rate."""
     seen, fit = [], evaluation.fit
 
-    def spy(bench, model, recipe, *rest):
+    def spy(bench, model, task, recipe, *rest):
         before = copy.deepcopy(model.state_dict())
-        result = fit(bench, model, recipe, *rest)
+        result = fit(bench, model, task, recipe, *rest)
         seen.append((model.frozen, recipe.lr, before, copy.deepcopy(model.state_dict())))
         return result
 
     monkeypatch.setattr(evaluation, "fit", spy)
-    logged, _ = fit_cell(make_bench(encoder_file, "--labels", "0.1"), tmp_path)
+    logged = fit_cell(make_bench(encoder_file, "--labels", "0.1"), held_out=0)
     (frozen, lr, start, solution), (frozen2, lr2, start2, end) = seen
     equal = lambda a, b, part: {torch.equal(a[k], b[k]) for k in a if k.startswith(part)}
     assert frozen and not frozen2 and lr2 < lr
@@ -550,6 +550,21 @@ def test_frozen_then_fine_tuned(encoder_file, tmp_path, monkeypatch):
     assert [(r["head"], r["finetuned"], r["labelled_images"]) for r in results] == [("resnet", False, 24), ("resnet", True, 24)]
 
 
+def test_fine_tuning_that_only_harms_is_undone(encoder_file, monkeypatch):
+    """Early stopping may stop at once: the state that fine-tuning starts from counts as well."""
+    bench, states = make_bench(encoder_file, "--labels", "0.1"), []
+
+    def accuracy(model, images, cache):
+        states.append((cache, copy.deepcopy(model.state_dict())))
+        return (0.0 if not model.frozen else 90.0), 0.0
+
+    monkeypatch.setattr(bench, "accuracy", accuracy)
+    logged = fit_cell(bench)
+    frozen, tuned = (state for cache, state in states if cache == "test")
+    assert all(torch.equal(frozen[k], tuned[k]) for k in frozen) and logged[-1][1]["held_out_top1"] == 90
+    assert any(not torch.equal(frozen[k], states[-2][1][k]) for k in frozen)  # it had moved away
+
+
 def test_frozen_is_checked(encoder_file):
     encoder = resnet.load_encoder(encoder_file)[0]
     before = copy.deepcopy(encoder.state_dict())
@@ -559,7 +574,7 @@ def test_frozen_is_checked(encoder_file):
         evaluation.assert_unchanged(encoder, before)
 
 
-def test_early_stopping_restores_the_best_state(encoder_file, tmp_path, monkeypatch):
+def test_early_stopping_restores_the_best_state(encoder_file, monkeypatch):
     bench, states = make_bench(encoder_file, "--head", "linear", "--held-out", "0.1"), []
     scores = [10, 40, 20, 70, 30, 70, 5, 5, 5, 5]
 
@@ -571,7 +586,7 @@ def test_early_stopping_restores_the_best_state(encoder_file, tmp_path, monkeypa
         return scores[len(states) - 1], 0.0
 
     monkeypatch.setattr(bench, "accuracy", accuracy)
-    logged, _ = fit_cell(bench, tmp_path)
+    logged = fit_cell(bench)
     assert len(states) == 11 and logged[-1][1]["held_out_top1"] == 70
     assert all(torch.equal(a, b) for a, b in zip(states[10].values(), states[3].values()))
     assert not torch.equal(states[10]["conv.weight"], states[9]["conv.weight"])
@@ -598,6 +613,23 @@ def test_linear_trains_as_pretraining_saw_and_efficient_with_inception(encoder_f
     assert (distorts(linear), distorts(efficient)) == (False, True)
 
 
+def test_supervised_rows(encoder_file):
+    """A.4: ResNet v2 with batch norm on whole images. Sec. 4.1: the encoder's own architecture and
+    patches from scratch, with batch norm and without. The same crops, labels and recipe as CPC's."""
+    flags = ["--encoder", str(encoder_file), "--head", "none", "--supervised", "tiny", "tiny:3x3/2", "patched", "patched-none"]
+    sources = evaluation.find_sources(*evaluation.parse_args(flags))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    for source, norm, shape in zip(sources, ("batch", "batch", "batch", "none"), ((8, 8), (4, 4), (5, 5), (5, 5))):
+        network = source.make(0)
+        assert source.supervised and network.norm == norm
+        model = evaluation.Classifier(network, nn.Identity(), frozen=False)
+        assert model.latents(source.inputs(images, CPU)).shape == (2, 256, *shape)
+        assert not torch.equal(network.conv1.weight, source.make(1).conv1.weight)
+        assert torch.equal(network.conv1.weight, source.make(0).conv1.weight)
+    one = data.normalise(images)
+    assert torch.equal(sources[0].inputs(images, CPU), one)  # a whole image, uncut
+
+
 def test_sweep_selects_by_held_out_images_alone():
     state, held = {"done": {}}, {" trial 0": 30.0, " trial 1": 50.0, " trial 2": 40.0}
 
@@ -605,7 +637,7 @@ def test_sweep_selects_by_held_out_images_alone():
         state["done"][trial] = {"held_out_top1": held[trial]}
         return trial
 
-    recipe = evaluation.Recipe(10, 64, 0.1, 1e-4, 0.2)
+    recipe = evaluation.Recipe(10, 100, 64, 0.1, 1e-4, 0.2)
     chosen = evaluation.sweep(trial, recipe, 3, state)
     assert chosen == recipe.variant(1) != recipe and chosen.epochs == 10
     for n in range(200):  # A.4's grid
@@ -709,8 +741,8 @@ def test_probe_command(trained, folder, tmp_path):
     assert "chance" in done.stdout and min(Image.open(tmp_path / "e" / "neighbours.png").size) > 100
 
 
-FEW_LABELS = ["--labels", "1", "0.25", "--supervised", "patched", "tiny", "--seeds", "2", "--epochs", "1",
-              "--finetune-epochs", "1", "--batch-size", "8", "--held-out", "0.2", "--sweep", "2"]
+FEW_LABELS = ["--labels", "1", "0.25", "--supervised", "tiny", "--seeds", "2", "--epochs", "1",
+              "--finetune-epochs", "1", "--min-steps", "0", "--batch-size", "8", "--held-out", "0.2", "--sweep", "2", "--workers", "0"]
 
 
 @pytest.fixture(scope="session")
@@ -726,10 +758,10 @@ def test_few_labels_command(few_labels):
     out, printed = few_labels
     results = events(out, "result")
     cells = [(r["encoder"], r["finetuned"], r["labels"], r["seed"]) for r in results]
-    rows = [("cpc", False), ("cpc", True), ("patched", True), ("pixels", True)]
+    rows = [("cpc", False), ("cpc", True), ("pixels", True)]
     assert sorted(cells) == sorted((*row, f, s) for row in rows for f in (0.25, 1.0) for s in (0, 1))
     assert {(r["labels"], r["labelled_images"], r["held_out_images"]) for r in results} == {(0.25, 10, 8), (1.0, 32, 8)}
-    assert len(events(out, "trial")) == 3 * 2 * 2  # a row and fraction each, on the first seed's labels
+    assert len(events(out, "trial")) == 2 * 2 * 2  # a row and fraction each, on the first seed's labels
     few, all_, held = ([(out / f"{name}-seed-{s}.txt").read_text().split() for s in (0, 1)]
                        for name in ("labels-0.25", "labels-1", "held-out"))
     for seed in (0, 1):
@@ -763,12 +795,12 @@ def test_fixed_schedule_and_subset_list(trained, folder, tmp_path):
     names = data.image_names(data.load_dataset(str(folder), "train", 32))
     (tmp_path / "list.txt").write_text("\n".join(names[:12]))
     done = run("eval.py", "--encoder", trained / "encoder.pt", "--subset", tmp_path / "list.txt", "--held-out", 0,
-               "--epochs", 0.5, "--finetune-epochs", 0.5, "--batch-size", 8, "--out", tmp_path / "e")
+               "--epochs", 0.5, "--finetune-epochs", 0.5, "--min-steps", 4, "--batch-size", 8, "--out", tmp_path / "e")
     assert done.returncode == 0, done.stderr
     results = events(tmp_path / "e", "result")
     assert [(r["labels"], r["labelled_images"], r["held_out_images"], r["held_out_top1"]) for r in results] == [(0.3, 12, 0, None)] * 2
     assert (tmp_path / "e" / "labels-0.3-seed-0.txt").read_text().split("\n")[:-1] == sorted(names[:12], key=names.index)
-    assert "0 held-out" in done.stdout
+    assert " 0 held-out" in done.stdout
 
 
 def test_resume_is_exact(trained, folder, tmp_path):
@@ -800,7 +832,7 @@ def test_two_processes(folder, tmp_path):
     assert [e["step"] for e in events(tmp_path / "two", "epoch")] == [5, 10]
     assert events(tmp_path / "two", "epoch")[0]["chance_loss"] == pytest.approx(math.log(4 * 25))  # local negatives
     done = run("eval.py", "--encoder", tmp_path / "two" / "encoder.pt", "--labels", 0.5, "--epochs", 1, "--batch-size", 8,
-               "--held-out", 0.2, "--out", tmp_path / "e", processes=2)
+               "--min-steps", 4, "--held-out", 0.2, "--out", tmp_path / "e", processes=2)
     assert done.returncode == 0, done.stderr
     assert len(events(tmp_path / "e", "result")) == 2
     assert all(r["top1"] in [round(100 * n / 11, 3) for n in range(12)] for r in events(tmp_path / "e", "result"))
