@@ -99,7 +99,7 @@ class Shapes(Dataset):
         "checks": ((1, 0), (0, 1)), "diamonds": ((0.71, 0.71), (0.71, -0.71))}
     PERIODS = (7.0, 3.5)  # pixels, coarse and fine
     classes = [" ".join(words) for words in product(("coarse", "fine"), PATTERNS)]
-    LENGTH = {"train": 8000, "test": 2000}
+    LENGTH = {"train": 4000, "test": 2000}
 
     def __init__(self, split: str, size: int = 32, seed: int = 0):
         self.split, self.size, self.seed = split, size, seed

@@ -505,9 +505,9 @@ def save_neighbours(bench: Bench, test_set, path, queries: int = 10, among: int 
 # paper: A.3, Adam 5e-4 and 512 images; ours: the epochs, which are not stated
 LINEAR = dict(epochs=30, min_steps=0, batch_size=512, lr=5e-4, weight_decay=0.0, held_out=0.0)
 # ours: at tiny scale a few hundred steps must do
-TINY = dict(tiny=True, crop=32, epochs=1, finetune_epochs=0.5, min_steps=120, finetune_lr=3e-4, batch_size=64,
-            held_out=0.05)
-TINY_LINEAR = dict(epochs=2, min_steps=0, lr=5e-3, held_out=0.0)
+TINY = dict(tiny=True, crop=32, epochs=1, finetune_epochs=0.5, min_steps=100, finetune_lr=3e-4, batch_size=64,
+            held_out=0.1)
+TINY_LINEAR = dict(epochs=4, min_steps=0, lr=5e-3, held_out=0.0)
 
 
 def parse_args(argv: list[str] | None = None):
@@ -568,7 +568,7 @@ def parse_args(argv: list[str] | None = None):
     if args.supervised is None:
         args.supervised = []
     elif not args.supervised:
-        args.supervised = ["small" if args.tiny else "resnet152"]  # ours: a small ResNet v2 stands in
+        args.supervised = ["tiny" if args.tiny else "resnet152"]  # ours: a tiny ResNet v2 stands in
     return check_args(parser, args), encoders
 
 

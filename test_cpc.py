@@ -860,7 +860,7 @@ def check_two_processes():
     ("cpc.py", ["--tiny", "--stride", "7"], "crop 32, patch 8, stride 7"),
     ("cpc.py", ["--tiny", "--lengths", "2", "5"], "on a 5x5 grid"),
     ("cpc.py", ["--tiny", "--arch", "resnet92"], "pass --stem 3x3"),
-    ("cpc.py", ["--tiny", "--batch-size", "9000"], "8000 images, fewer than --batch-size 9000"),
+    ("cpc.py", ["--tiny", "--batch-size", "9000"], "4000 images, fewer than --batch-size 9000"),
     ("cpc.py", ["--tiny", "--color-drop", "2"], "--color-drop 2.0 is not between 0 and 1"),
     ("cpc.py", ["--tiny", "--direction", "4"], "unrecognized arguments"),
     ("eval.py", ["--encoder", "none.pt"], "no encoder at none.pt: run cpc.py first"),
