@@ -290,7 +290,8 @@ def save_retrieval(model: CPC, dataset, args, device: torch.device, path, rows: 
     looked; the true patch k rows below its last row; the five patches that the prediction ranks
     highest among all patches of 32 training images (not augmented)."""
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:32].tolist()
-    items = data.Seeded(dataset, data.image_transform("test", args.crop, grey=args.image_aug == "v1")).__getitems__([(i, 0) for i in chosen])
+    transform = data.image_transform("test", args.crop, grey=args.image_aug == "v1")
+    items = data.Seeded(dataset, transform).__getitems__([(i, 0) for i in chosen])
     images = torch.stack([image for image, _ in items])
     patches = data.to_patches(images, device, args.patch, args.stride)
     G, P, S, k = patches.shape[1], args.patch, args.crop, min(args.lengths)

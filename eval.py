@@ -24,7 +24,7 @@ import random
 import statistics
 import time
 from argparse import BooleanOptionalAction
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -134,7 +134,8 @@ class TorchvisionGrid(nn.Module):
             try:
                 model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
             except Exception as error:  # foreign bytes, another model's weights: no common base class
-                raise SystemExit(f"{weights} does not hold torchvision's weights of {name}: {str(error).splitlines()[0]}")
+                reason = str(error).splitlines()[0]
+                raise SystemExit(f"{weights} does not hold torchvision's weights of {name}: {reason}")
         nodes = get_graph_node_names(model.eval())[1]
         with torch.no_grad():
             maps = create_feature_extractor(model, nodes)(torch.zeros(1, 3, crop, crop))
@@ -160,13 +161,13 @@ def find_sources(args, encoders: list[tuple[str, tuple | None]]) -> list[Source]
     """The rows that `--encoder` and `--supervised` ask for."""
     file = next((loaded[1] for _, loaded in encoders if loaded), None)
     if file is None and ("random" in args.encoder or any("patched" in name for name in args.supervised)):
-        raise SystemExit("random and patched take their architecture and patches from an encoder.pt: name one in --encoder")
+        raise SystemExit("random and patched take architecture and patches from an encoder.pt: name one in --encoder")
     patches = lambda file: (file["crop"], file["patch"], file["stride"])
     sources = []
     for name, loaded in encoders if args.head != "none" else []:
         if loaded:
-            encoder, f = loaded
-            sources.append(Source("cpc", f["arch"], lambda seed, e=encoder: copy.deepcopy(e), *patches(f), trained=f["trained"]))
+            make, f = lambda seed, encoder=loaded[0]: copy.deepcopy(encoder), loaded[1]
+            sources.append(Source("cpc", f["arch"], make, *patches(f), trained=f["trained"]))
         elif name == "random":
             make = fresh(name, Encoder, file["arch"], file["norm"], file["stem"])
             sources.append(Source(name, file["arch"], make, *patches(file), trained=file["trained"]))
@@ -467,10 +468,11 @@ def print_tables(results: list[dict], classes: int, test_images: int) -> None:
     seen = {f: next(r for r in results if r["labels"] == f) for f in fractions}
     print(f"\n{test_images} test images, {classes} classes, seeds {sorted({r['seed'] for r in results})}, "
           f"{results[0]['held_out_images']} held-out training images to stop and select by")
-    print(f"{'labelled images':{width}}" + cells(seen[f]["labelled_images"] for f in fractions))
-    print(f"{'with held-out':{width}}" + cells(seen[f]["labelled_images"] + seen[f]["held_out_images"] for f in fractions))
-    for top, chance in (("top1", 1), ("top5", min(5, classes))):
-        print(f"{top[:3] + '-' + top[3:] + ' %':{width}}" + cells(f"{100 * f:g} %" for f in fractions))
+    for title, count in (("labelled images", lambda r: r["labelled_images"]),
+                         ("with held-out", lambda r: r["labelled_images"] + r["held_out_images"])):
+        print(f"{title:{width}}" + cells(count(seen[f]) for f in fractions))
+    for top, title, chance in (("top1", "top-1 %", 1), ("top5", "top-5 %", min(5, classes))):
+        print(f"{title:{width}}" + cells(f"{100 * f:g} %" for f in fractions))
         for row in rows:
             found = [[r[top] for r in results if row_name(r) == row and r["labels"] == f] for f in fractions]
             print(f"{row:{width}}" + cells(
@@ -483,14 +485,13 @@ def save_neighbours(bench: Bench, test_set, path, queries: int = 10, among: int 
     """A row each: a test image, and the five nearest others among the first 1,000 of a shuffle, by
     the angle between their mean latents. No label is used."""
     chosen = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(0))[:among].tolist()
-    encoder, z, shown = bench.source.make(0).to(bench.device).eval(), [], []
-    model = Classifier(encoder, nn.Identity(), frozen=True)
     images = data.Seeded(Subset(test_set, chosen), bench.test_transform)
-    for start in range(0, len(chosen), 50):
-        batch = torch.stack([x for x, _ in images.__getitems__([(i, 0) for i in range(start, min(start + 50, len(chosen)))])])
+    model = Classifier(bench.source.make(bench.args.seed), nn.Identity(), frozen=True).to(bench.device).eval()
+    z, shown = [], []
+    for keys in torch.arange(len(chosen)).split(50):
+        shown.append(torch.stack([x for x, _ in images.__getitems__([(i, 0) for i in keys.tolist()])]))
         with bench.autocast():
-            z.append(model.latents(bench.source.inputs(batch, bench.device)).mean((2, 3)).float())
-        shown.append(batch)
+            z.append(model(bench.source.inputs(shown[-1], bench.device)).mean((2, 3)))
     z, shown = F.normalize(torch.cat(z), dim=1), torch.cat(shown)  # [N, D], [N, 3, S, S]
     nearest = (z[:queries] @ z.T).topk(min(6, len(z))).indices.cpu()  # itself first
     enlarge = max(1, 96 // shown.shape[-1])
@@ -553,7 +554,7 @@ def parse_args(argv: list[str] | None = None):
         if name != "random" and not name.startswith("torchvision:"):
             if os.path.exists(name):
                 file = load_encoder(name)
-            elif not (head == "none" and early.encoder == parser.get_default("encoder")):  # nothing to build on is fine
+            elif head != "none" or early.encoder != parser.get_default("encoder"):  # pixels need no encoder
                 parser.error(f"no encoder at {name}: run cpc.py first, or pass --encoder FILE")
         encoders.append((name, file))
     first = next((file for _, file in encoders if file), None)
@@ -561,7 +562,8 @@ def parse_args(argv: list[str] | None = None):
         parser.set_defaults_checked(TINY | (TINY_LINEAR if head == "linear" else {}))
     if first:
         trained = first[1]["trained"]
-        parser.set_defaults_checked({k: trained[k] for k in ("data", "color_drop", "min_area")} | {"crop": first[1]["crop"]})
+        same = {k: trained[k] for k in ("data", "color_drop", "min_area")}
+        parser.set_defaults_checked(same | {"crop": first[1]["crop"]})
     args = parser.parse_args(argv)
     args.head, args.labels = head, sorted(set(args.labels or [1.0]))
     args.data = args.data or ("shapes" if args.tiny else "imagenet")
@@ -592,10 +594,11 @@ def check_args(parser: Parser, args):
         parser.error("--sweep needs held-out images to select by: pass --held-out")
     if args.batch_size < world or args.batch_size % world:
         parser.error(f"--batch-size {args.batch_size} does not divide among {world} processes")
-    for name, low, high in (("labels", 1e-9, 1), ("held_out", 0, 0.5), ("sweep", 0, 1e6), ("seeds", 1, 1e6),
-                            ("seed", 0, 2**62), ("epochs", 1e-3, 1e6), ("finetune_epochs", 1e-3, 1e6), ("min_steps", 0, 1e9),
-                            ("lr", 1e-12, 1e3), ("finetune_lr", 1e-12, 1e3), ("weight_decay", 0, 1), ("dropout", 0, 0.99), ("crop", 1, 1e5),
-                            ("min_area", 0.001, 1), ("color_drop", 0, 1)):
+    for name, low, high in (
+            ("labels", 1e-9, 1), ("held_out", 0, 0.5), ("sweep", 0, 1e6), ("seeds", 1, 1e6), ("seed", 0, 2**62),
+            ("epochs", 1e-3, 1e6), ("finetune_epochs", 1e-3, 1e6), ("min_steps", 0, 1e9), ("lr", 1e-12, 1e3),
+            ("finetune_lr", 1e-12, 1e3), ("weight_decay", 0, 1), ("dropout", 0, 0.99), ("crop", 1, 1e5),
+            ("min_area", 0.001, 1), ("color_drop", 0, 1)):
         value = getattr(args, name)
         if not all(low <= v <= high for v in (value if isinstance(value, list) else [value])):
             parser.error(f"--{name.replace('_', '-')} {value} is not between {low:g} and {high:g}")
@@ -631,9 +634,10 @@ def main(args, encoders) -> None:
     state, recipes = run.start(classes=len(train_set.classes)) or {"done": {}, "solution": {}}, {}
     if run.is_main:
         names = data.image_names(train_set)
-        for task in (task for column in tasks.values() for task in column):
+        for task in sum(tasks.values(), []):
             for name, subset in ((f"labels-{task.labels:g}", task.train), ("held-out", task.held_out)):
-                (run.folder / f"{name}-seed-{task.seed}.txt").write_text("".join(names[i] + "\n" for i in subset.indices))
+                file = run.folder / f"{name}-seed-{task.seed}.txt"
+                file.write_text("".join(names[i] + "\n" for i in subset.indices))
     for seed in tasks:
         for source in sources:
             bench = Bench(args, source, device, bf16)
@@ -641,7 +645,7 @@ def main(args, encoders) -> None:
                 cell = partial(classify, bench, task, run=run, state=state)
                 where = source.name, source.arch, task.labels
                 if where not in recipes:  # found on the first seed's labels, for all seeds
-                    recipe = Recipe(args.epochs, args.min_steps, args.batch_size, args.lr, args.weight_decay, args.dropout)
+                    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
                     if source.supervised:
                         recipe = recipe.times(1 + args.finetune_epochs / args.epochs)
                     recipes[where] = sweep(cell, recipe, args.sweep, state) if args.sweep else recipe
