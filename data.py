@@ -283,7 +283,8 @@ def read_subset(path: str, dataset: Dataset) -> list[int]:
     names = [name.strip() for name in names if name.strip()]
     unknown = [name for name in names if name not in index]
     if unknown or not names:
-        raise SystemExit(f"--subset {path}: {len(unknown)} of {len(names)} lines name no training image"
+        raise SystemExit(f"--subset {path}: {len(unknown)} of {len(names)} lines name no training image (NAME, "
+                         f"CLASS/NAME where classes share names)"
                          + "".join(f", the first {name!r}" for name in unknown[:1]))
     return sorted({index[name] for name in names})
 

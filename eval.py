@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.utils.data import Dataset, Subset
 from torchvision import models
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
@@ -125,7 +125,10 @@ class Source:
 
 
 class TorchvisionGrid(nn.Module):
-    """Any torchvision classification model as f_theta: its last feature map [B, D, h, w], h > 1."""
+    """A convolutional classification model of torchvision as f_theta: its last feature map [B, D, h, w]."""
+
+    # what torchvision's families call it: Swin, ResNet, RegNet, most others, ShuffleNet, MNASNet
+    GRIDS = ("permute", "layer4", "trunk_output", "features", "conv5", "layers")
 
     def __init__(self, name: str, weights: str | None, crop: int):
         super().__init__()
@@ -136,14 +139,12 @@ class TorchvisionGrid(nn.Module):
             except Exception as error:  # foreign bytes, another model's weights: no common base class
                 reason = str(error).splitlines()[0]
                 raise SystemExit(f"{weights} does not hold torchvision's weights of {name}: {reason}")
-        nodes = get_graph_node_names(model.eval())[1]
+        grid = next((g for g in self.GRIDS if hasattr(model, g)), None)
+        if grid is None:
+            raise SystemExit(f"torchvision's {name} has no feature map [B, D, h, w] that we know of")
+        self.extract = create_feature_extractor(model, {grid: "grid"})
         with torch.no_grad():
-            maps = create_feature_extractor(model, nodes)(torch.zeros(1, 3, crop, crop))
-        grids = [n for n, m in maps.items() if isinstance(m, Tensor) and m.dim() == 4 and min(m.shape[2:]) > 1]
-        if not grids:
-            raise SystemExit(f"torchvision's {name} has no feature map [B, D, h, w] for {crop} pixels")
-        self.out_channels = maps[grids[-1]].shape[1]
-        self.extract = create_feature_extractor(model, {grids[-1]: "grid"})
+            self.out_channels = self.eval().features(torch.zeros(1, 3, crop, crop)).shape[1]
 
     def features(self, images: Tensor) -> Tensor:
         return self.extract(images)["grid"]
@@ -167,7 +168,8 @@ def find_sources(args, encoders: list[tuple[str, tuple | None]]) -> list[Source]
     for name, loaded in encoders if args.head != "none" else []:
         if loaded:
             make, f = lambda seed, encoder=loaded[0]: copy.deepcopy(encoder), loaded[1]
-            sources.append(Source("cpc", f["arch"], make, *patches(f), trained=f["trained"]))
+            arch = f["arch"] if sum(loaded is not None for _, loaded in encoders) == 1 else f"{f['arch']} {name}"
+            sources.append(Source("cpc", arch, make, *patches(f), trained=f["trained"]))
         elif name == "random":
             make = fresh(name, Encoder, file["arch"], file["norm"], file["stem"])
             sources.append(Source(name, file["arch"], make, *patches(file), trained=file["trained"]))
@@ -175,7 +177,7 @@ def find_sources(args, encoders: list[tuple[str, tuple | None]]) -> list[Source]
             _, model, *weights = name.split(":", 2)
             make = fresh(name, TorchvisionGrid, model, *weights or [None], args.crop)
             make(0)  # so that what cannot be used is refused at once
-            sources.append(Source("torchvision", model, make, args.crop))
+            sources.append(Source("torchvision", name.split(":", 1)[1], make, args.crop))
     for name in args.supervised:
         if name.startswith("patched"):  # Sec. 4.1: 66.4 % with batch norm, 62.5 % without
             make = fresh(name, Encoder, file["arch"], "none" if name == "patched-none" else "batch", file["stem"])
@@ -210,8 +212,8 @@ class Recipe:
         """A.4's grid, around this one: lr {0.05, 0.1, 0.2}, the batch size or half of it, weight decay
         logarithmically from 1e-5 to 1e-2, drop-out linearly from 0 to 1 (ours: 0.9, which still learns)."""
         draw = random.Random(seed)
-        return replace(self, lr=self.lr * draw.choice((0.5, 1, 2)), batch_size=self.batch_size // draw.choice((1, 2)),
-                       weight_decay=10 ** draw.uniform(-5, -2), dropout=draw.uniform(0, 0.9))
+        return replace(self, lr=self.lr * draw.choice((0.5, 1, 2)), weight_decay=10 ** draw.uniform(-5, -2),
+                       batch_size=max(1, self.batch_size // draw.choice((1, 2))), dropout=draw.uniform(0, 0.9))
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
@@ -240,17 +242,16 @@ class Bench:
     def __init__(self, args, source: Source, device: torch.device, bf16: bool):
         self.args, self.source, self.device, self.bf16 = args, source, device, bf16
         self.caches = {}  # name of a set of images -> its latents and labels
-        linear, trained = args.head == "linear" and not source.supervised, source.trained
-        grey = trained.get("image_aug") == "v1"
-        if linear and trained:
+        kind, self.augmentation, trained = "inception", {}, source.trained
+        if args.head == "linear" and trained:
             # Sec. 2.2: "the same data-augmentation as in the unsupervised learning phase"
-            kind, self.augmentation = trained["image_aug"], {k: trained[k] for k in ("color_drop", "jitter", "flip")}
-            min_area = trained["min_area"]
-        else:  # Sec. 2.2: "In addition to random color-dropping ... the Inception data-augmentation scheme"
-            # A.4 has none of it, and without it the supervised rows did better (README, "What differs")
-            drop = 0.0 if source.supervised else args.color_drop
-            kind, min_area, self.augmentation = "inception", args.min_area, dict(color_drop=drop)
-        self.train_transform = data.image_transform(kind, source.crop, min_area, args.distort and not linear, grey)
+            kind, self.augmentation = trained["image_aug"], {k: trained[k] for k in ("jitter", "flip")}
+        if trained or args.head == "resnet" and not source.supervised:
+            # Sec. 2.2: "In addition to random color-dropping ... the Inception data-augmentation scheme".
+            # A.4 drops no colours; with it the supervised rows did worse (README, "What differs").
+            self.augmentation["color_drop"] = args.color_drop
+        grey = trained.get("image_aug") == "v1"
+        self.train_transform = data.image_transform(kind, source.crop, args.min_area, args.distort, grey)
         self.test_transform = data.image_transform("test", source.crop, grey=grey)
 
     def autocast(self):
@@ -303,10 +304,9 @@ class Bench:
 def make_optimizer(model: Classifier, stage: str, recipe: Recipe) -> torch.optim.Optimizer:
     """Adam for a linear probe (A.3) and for fine-tuning, SGD for what starts from random weights."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    if isinstance(model.head, LinearProbe):
-        return torch.optim.Adam(weights, recipe.lr)  # paper: A.3
-    if stage == "finetuned":
-        # ours: as in pre-training; SGD at a tenth of the rate before undid a tiny encoder in six steps
+    # paper: A.3, the probe's, whose decay is 0 by default. ours: fine-tuning's, as in pre-training; SGD
+    # at a tenth of the rate before undid a tiny encoder in six steps
+    if isinstance(model.head, LinearProbe) or stage == "finetuned":
         return torch.optim.AdamW(weights, recipe.lr, weight_decay=recipe.weight_decay)
     # ours: A.4 names learning rates and weight decays, not the optimiser they suit
     return torch.optim.SGD(weights, recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
@@ -318,9 +318,9 @@ def fit(bench: Bench, model: Classifier, task: Task, recipe: Recipe, stage: str,
 
     Held-out images are tested ten times along the way and the best of these states is restored, the
     first one too if its accuracy is known (start_top1): early stopping (Sec. 2.2) with all of the
-    schedule as its patience. Without held-out images: the last state."""
+    schedule as its patience. Without held-out images: the last state. FloatingPointError if it diverges."""
     world = dist.get_world_size()
-    batch = min(recipe.batch_size, len(task.train)) // world * world
+    batch = min(max(recipe.batch_size, world), len(task.train)) // world * world
     if not batch:
         raise SystemExit(f"{len(task.train)} labelled images do not fill a batch of {world} processes")
     steps = math.ceil(max(recipe.epochs * len(task.train) / batch, recipe.min_steps))
@@ -358,8 +358,8 @@ def fit(bench: Bench, model: Classifier, task: Task, recipe: Recipe, stage: str,
             dist.all_reduce(totals)
             mean = (totals[0] / totals[1]).item()
             if not math.isfinite(mean):
-                raise SystemExit(f"{key}: loss is not finite at step {done}, learning rate "
-                                 f"{schedule.get_last_lr()[0]:.2e}: lower --lr; the last checkpoint is kept")
+                raise FloatingPointError(f"{key}: loss is not finite at step {done}, learning rate "
+                                         f"{schedule.get_last_lr()[0]:.2e}: lower --lr; the last checkpoint is kept")
             totals.zero_()
             top1, shown = None, f"loss {mean:.3f}"
             if len(task.held_out):
@@ -428,7 +428,12 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
                 model.head.load_state_dict(state["solution"][key])
             continue
         before, clock = {k: v.clone() for k, v in model.encoder.state_dict().items()}, time.time()
-        held_top1 = fit(bench, model, task, recipe, stage, key, run, state, held_top1)
+        try:
+            held_top1 = fit(bench, model, task, recipe, stage, key, run, state, held_top1)
+        except FloatingPointError as error:
+            if not trial:
+                raise SystemExit(str(error))
+            held_top1 = -1.0  # a recipe that diverges loses
         done = dict(held_out_top1=held_top1, seconds=round(time.time() - clock, 1), recipe=vars(recipe))
         if model.frozen:
             assert_unchanged(model.encoder, before)
@@ -482,7 +487,7 @@ def print_tables(results: list[dict], classes: int, test_images: int) -> None:
 
 @torch.no_grad()
 def save_neighbours(bench: Bench, test_set, path, queries: int = 10, among: int = 1000) -> None:
-    """A row each: a test image, and the five nearest others among the first 1,000 of a shuffle, by
+    """The first encoder's. A row each: a test image, and the five nearest others among the first 1,000 of a shuffle, by
     the angle between their mean latents. No label is used."""
     chosen = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(0))[:among].tolist()
     images = data.Seeded(Subset(test_set, chosen), bench.test_transform)
@@ -504,7 +509,7 @@ def save_neighbours(bench: Bench, test_set, path, queries: int = 10, among: int 
 # ---------------------------------------------------------------------------------------------
 
 # paper: A.3, Adam 5e-4 and 512 images; ours: the epochs, which are not stated
-LINEAR = dict(epochs=30, min_steps=0, batch_size=512, lr=5e-4, weight_decay=0.0, held_out=0.0)
+LINEAR = dict(epochs=30, min_steps=0, batch_size=512, lr=5e-4, weight_decay=0.0, held_out=0.0, distort=False)
 # ours: at tiny scale a few hundred steps must do
 TINY = dict(tiny=True, crop=32, epochs=1, finetune_epochs=0.5, min_steps=100, finetune_lr=3e-4, batch_size=64,
             held_out=0.1)
@@ -524,8 +529,8 @@ def parse_args(argv: list[str] | None = None):
     add("--subset", metavar="FILE", help="the labelled images by name, one a line, instead of --labels")
     add("--supervised", nargs="*", metavar="ARCH", help="also from pixels (A.4): resnet50, resnet101, resnet152 "
         "(default); from scratch as CPC's encoder: patched, with batch norm, or patched-none")
-    add("--held-out", type=float, default=0.02, help="fraction of the training images to stop and select by, "
-        "0 for a fixed schedule (default: 0.02, linear probe 0)")  # ours
+    add("--held-out", type=float, default=0.02, help="fraction of the training images, or of those that --subset leaves, "
+        "to stop and select by; 0 for a fixed schedule (default: 0.02, at tiny scale 0.1, linear probe 0)")  # ours
     add("--sweep", type=int, default=0, metavar="N", help="recipes tried for each row and fraction")  # A.4
     add("--seeds", type=int, default=1, help="runs, each with its own labels and weights")
     # the recipe: ours, but for A.4's learning rates, and for the linear probe's
@@ -540,7 +545,7 @@ def parse_args(argv: list[str] | None = None):
     # Sec. 2.2, A.4: Inception preprocessing and color-dropping
     add("--crop", type=int, default=240, help="side of the image, where no encoder.pt says it")
     add("--min-area", type=float, default=0.08, help="of the inception crop, a share of the image")
-    add("--color-drop", type=float, default=0.5, help="probability for a patch or a whole image")
+    add("--color-drop", type=float, default=0.5, help="of the encoders' rows, probability for a patch or a whole image")
     add("--distort", action=BooleanOptionalAction, default=True, help="Inception's colour distortion")
 
     early = parser.parse_known_args(argv)[0]
@@ -549,12 +554,14 @@ def parse_args(argv: list[str] | None = None):
     if head == "linear":
         parser.set_defaults_checked(LINEAR)
     encoders = []
-    for name in early.encoder:
+    if head == "none" and not any("patched" in name for name in early.supervised or ()):
+        parser.set_defaults(encoder=[])  # pixels need no encoder: whether one was trained here changes nothing
+    for name in parser.parse_known_args(argv)[0].encoder:
         file = None
         if name != "random" and not name.startswith("torchvision:"):
             if os.path.exists(name):
                 file = load_encoder(name)
-            elif head != "none" or early.encoder != parser.get_default("encoder"):  # pixels need no encoder
+            else:
                 parser.error(f"no encoder at {name}: run cpc.py first, or pass --encoder FILE")
         encoders.append((name, file))
     first = next((file for _, file in encoders if file), None)
@@ -565,6 +572,8 @@ def parse_args(argv: list[str] | None = None):
         same = {k: trained[k] for k in ("data", "color_drop", "min_area")}
         parser.set_defaults_checked(same | {"crop": first[1]["crop"]})
     args = parser.parse_args(argv)
+    if first and args.crop != first[1]["crop"]:
+        parser.error(f"--crop {args.crop} is not the {first[1]['crop']} pixels of the encoder, which every row gets")
     args.head, args.labels = head, sorted(set(args.labels or [1.0]))
     args.data = args.data or ("shapes" if args.tiny else "imagenet")
     if args.supervised is None:
@@ -579,11 +588,18 @@ def check_args(parser: Parser, args):
     world = int(os.environ.get("WORLD_SIZE", 1))
     for name in args.supervised:
         arch, _, stem = name.partition(":")
-        if name not in ("patched", "patched-none") and (arch not in ARCHITECTURES or stem not in ("", *STEMS)):
-            parser.error(f"--supervised {name} is none of {', '.join(ARCHITECTURES)}, patched, patched-none")
+        if name not in ("patched", "patched-none") and (arch not in ARCHITECTURES or ":" in name and stem not in STEMS):
+            parser.error(f"--supervised {name} is none of {', '.join(ARCHITECTURES)} (with :STEM, one of "
+                         f"{', '.join(STEMS)}, for another), patched, patched-none")
     for name in args.encoder:
         if name.startswith("torchvision:") and name.split(":")[1] not in models.list_models(models):
             parser.error(f"--encoder {name}: torchvision has no such classification model")
+        file = name.partition(":")[2].partition(":")[2]
+        if file and not os.path.isfile(file):
+            parser.error(f"--encoder {name}: no file {file}")
+    for flag, names in (("encoder", args.encoder), ("supervised", args.supervised)):
+        if len(set(names)) < len(names):
+            parser.error(f"--{flag} {' '.join(names)}: each may be named once")
     if args.head == "linear" and args.supervised:
         parser.error("--supervised beside --head linear: their learning rates differ, run it alone with --head none")
     if args.head == "none" and not args.supervised:
@@ -627,6 +643,9 @@ def main(args, encoders) -> None:
     if train_set.classes != test_set.classes:
         raise SystemExit(f"{args.data}: the training and test folders hold different classes")
     tasks = {seed: make_tasks(args, train_set, test_set, seed) for seed in range(args.seed, args.seed + args.seeds)}
+    if args.held_out and not all(len(task.held_out) for task in sum(tasks.values(), [])):
+        raise SystemExit(f"--held-out {args.held_out} of {len(train_set)} images in {len(train_set.classes)} classes "
+                         f"is none: raise it, or pass 0 for a fixed schedule")
     sources = find_sources(args, encoders)
     files = [Path(name.split(":")[-1]) for name in args.encoder]
     digests = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files if file.is_file()]
@@ -651,7 +670,8 @@ def main(args, encoders) -> None:
                     recipes[where] = sweep(cell, recipe, args.sweep, state) if args.sweep else recipe
                 cell(recipes[where])
     if run.is_main:
-        save_neighbours(Bench(args, sources[0], device, bf16), test_set, run.folder / "neighbours.png")
+        if not sources[0].supervised:
+            save_neighbours(Bench(args, sources[0], device, bf16), test_set, run.folder / "neighbours.png")
         print_tables([r for r in state["done"].values() if "top1" in r], len(train_set.classes), len(test_set))
 
 

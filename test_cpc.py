@@ -473,7 +473,7 @@ def test_subset_lists(folder, tmp_path):
     assert data.read_subset(path, train) == sorted({3, 7, names.index("2.jpg")})
     for bad in ("../../secret.jpg", "/etc/passwd", ""):
         path.write_text(bad)
-        with pytest.raises(SystemExit, match="name no training image"):
+        with pytest.raises(SystemExit, match="name no training image .NAME"):
             data.read_subset(path, train)
     with pytest.raises(SystemExit, match="cannot read --subset"):
         data.read_subset(tmp_path / "none.txt", train)
@@ -608,9 +608,24 @@ def test_linear_trains_as_pretraining_saw_and_efficient_with_inception(encoder_f
     classification Inception's, with its colours, and colour dropping."""
     linear, efficient = make_bench(encoder_file), make_bench(encoder_file, "--labels", "0.1")
     assert linear.augmentation == dict(color_drop=0.5, jitter=True, flip=0.0)
+    pixels = make_bench(encoder_file, "--head", "none", "--supervised", "tiny")
+    assert pixels.augmentation == {} and pixels.source.name == "pixels"
     assert efficient.augmentation == dict(color_drop=0.5)
     distorts = lambda bench: any("ColorJitter" in type(t).__name__ for t in bench.train_transform.transforms)
-    assert (distorts(linear), distorts(efficient)) == (False, True)
+    assert (distorts(linear), distorts(efficient), distorts(pixels)) == (False, True, True)
+
+
+def test_two_encoders_are_two_rows_and_a_baseline_does_not_depend_on_one(encoder_file, tmp_path, monkeypatch):
+    other = tmp_path / "other.pt"
+    other.write_bytes(encoder_file.read_bytes())
+    args = evaluation.parse_args(["--encoder", str(encoder_file), str(other), "random"])
+    assert len({(s.name, s.arch) for s in evaluation.find_sources(*args)}) == 3
+    flags = ["--head", "none", "--data", "/", "--supervised", "resnet50"]
+    monkeypatch.chdir(tmp_path)
+    alone = vars(evaluation.parse_args(flags)[0])
+    (tmp_path / "runs/cpc").mkdir(parents=True)
+    encoder_file.rename(tmp_path / "runs/cpc/encoder.pt")
+    assert vars(evaluation.parse_args(flags)[0]) == alone
 
 
 def test_supervised_rows(encoder_file):
@@ -640,13 +655,15 @@ def test_sweep_selects_by_held_out_images_alone():
     recipe = evaluation.Recipe(10, 100, 64, 0.1, 1e-4, 0.2)
     chosen = evaluation.sweep(trial, recipe, 3, state)
     assert chosen == recipe.variant(1) != recipe and chosen.epochs == 10
+    held[" trial 1"] = -1.0  # diverged
+    assert evaluation.sweep(trial, recipe, 3, state) == recipe.variant(2)
     for n in range(200):  # A.4's grid
         v = recipe.variant(n)
         assert v.lr in (0.05, 0.1, 0.2) and v.batch_size in (32, 64)
         assert 1e-5 <= v.weight_decay <= 1e-2 and 0 <= v.dropout <= 0.9
 
 
-@pytest.mark.parametrize("name, channels, side", [("resnet18", 512, 2), ("mobilenet_v3_small", 576, 2)])
+@pytest.mark.parametrize("name, channels, side", [("resnet18", 512, 2), ("mobilenet_v3_small", 576, 2), ("swin_t", 768, 2)])
 def test_torchvision_models_are_representations_too(name, channels, side, tmp_path):
     """Table 2 does it for BigBiGAN and AMDIM: any [B, D, h, w] grid in CPC's place."""
     weights = tmp_path / "weights.pth"
@@ -868,9 +885,12 @@ def check_two_processes():
     ("eval.py", ["--tiny", "--head", "none"], "--head none leaves nothing to train"),
     ("eval.py", ["--tiny", "--supervised", "--labels", "0", "--head", "none"], "--labels [0.0] is not between"),
     ("eval.py", ["--tiny", "--supervised", "--sweep", "4", "--held-out", "0"], "--sweep needs held-out images"),
-    ("eval.py", ["--tiny", "--supervised", "patched"], "random and patched take their architecture"),
+    ("eval.py", ["--tiny", "--supervised", "patched"], "no encoder at runs/cpc/encoder.pt"),
     ("eval.py", ["--tiny", "--encoder", "torchvision:resnet19"], "torchvision has no such"),
     ("eval.py", ["--tiny", "--encoder", "torchvision:vit_b_16"], "no feature map"),
+    ("eval.py", ["--tiny", "--encoder", "torchvision:resnet18:none.pth"], "no file none.pth"),
+    ("eval.py", ["--tiny", "--supervised", "tiny", "tiny"], "each may be named once"),
+    ("eval.py", ["--tiny", "--supervised", "--held-out", "0.0001"], "is none: raise it"),
 ])
 def test_mistakes_get_one_line(script, flags, message, tmp_path):
     done = run(script, *flags, cwd=tmp_path)
