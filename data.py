@@ -248,9 +248,9 @@ def image_names(dataset: Dataset) -> list[str]:
     (S4L, SimCLR); CLASS/NAME where classes share names; numbers where there are no files."""
     if not isinstance(dataset, datasets.ImageFolder):
         return [f"{i:05d}" for i in range(len(dataset))]
-    paths = [Path(path) for path, _ in dataset.samples]
-    names = [path.name for path in paths]
-    return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]
+    parts = [path.split(os.sep)[-2:] for path, _ in dataset.samples]
+    names = [name for _, name in parts]
+    return names if len(set(names)) == len(names) else ["/".join(part) for part in parts]
 
 
 def label_subset(targets: list[int], fraction: float, seed: int, held_out: float = 0.0) -> tuple[list[int], list[int]]:
@@ -260,9 +260,10 @@ def label_subset(targets: list[int], fraction: float, seed: int, held_out: float
     Each class's images in an order fixed by the seed: the subset is its first `fraction`, so that
     the 1 % is inside the 2 %, rounded, at least one; held out is its last `held_out`, the same for
     every fraction. They never overlap: at 100 % the subset is all but the held-out images."""
-    chosen, held = [], []
-    for label in sorted(set(targets)):
-        indices = [i for i, y in enumerate(targets) if y == label]
+    chosen, held, of_class = [], [], {}
+    for i, y in enumerate(targets):
+        of_class.setdefault(y, []).append(i)
+    for label, indices in of_class.items():
         random.Random(derive_seed(seed, "subset", label)).shuffle(indices)
         last = len(indices) - min(round(held_out * len(indices)), len(indices) - 1)
         chosen += indices[:min(last, max(1, round(fraction * len(indices))))]
@@ -279,7 +280,7 @@ def read_subset(path: str, dataset: Dataset) -> list[int]:
         raise SystemExit(f"cannot read --subset {path}: {getattr(error, 'strerror', 'not a text file')}")
     index = {name: i for i, name in enumerate(image_names(dataset))}
     if isinstance(dataset, datasets.ImageFolder):
-        index |= {f"{Path(p).parent.name}/{Path(p).name}": i for i, (p, _) in enumerate(dataset.samples)}
+        index |= {"/".join(path.split(os.sep)[-2:]): i for i, (path, _) in enumerate(dataset.samples)}
     names = [name.strip() for name in names if name.strip()]
     unknown = [name for name in names if name not in index]
     if unknown or not names:
