@@ -892,10 +892,22 @@ def check_two_processes():
     ("eval.py", ["--tiny", "--supervised", "tiny", "tiny"], "each may be named once"),
     ("eval.py", ["--tiny", "--supervised", "--held-out", "0.0001"], "is none: raise it"),
 ])
-def test_mistakes_get_one_line(script, flags, message, tmp_path):
+def test_mistakes_get_one_line(script, flags, message, tmp_path, monkeypatch, capsys):
+    module = {"cpc.py": cpc, "eval.py": evaluation}[script]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        args = module.parse_args(flags)
+        module.main(*(args if script == "eval.py" else [args]))
+    code, printed = stop.value.code, capsys.readouterr()
+    error = printed.err + (f"{code}\n" if isinstance(code, str) else "")  # Python prints a string and exits with 1
+    assert message in error and code != 0 and len(error.splitlines()) == 1
+    assert not printed.out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script, flags, code", [("cpc.py", ["--data", "nowhere"], 1), ("eval.py", ["--labels", "2"], 2)])
+def test_mistakes_at_the_terminal(script, flags, code, tmp_path):
     done = run(script, *flags, cwd=tmp_path)
-    assert done.returncode in (1, 2) and message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+    assert done.returncode == code and len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags, expected", [
