@@ -415,7 +415,8 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
     head = make_head(encoder.out_channels, task, source, args, recipe.dropout)
     # ours: as in pre-training, 64 images of ResNet-161 do not fit in 80 GB without recomputation
     encoder.checkpointing = bench.device.type == "cuda" and encoder.out_channels == 4096
-    model = Classifier(encoder, head, frozen=not source.supervised).to(bench.device)
+    model = Classifier(encoder, head, frozen=not source.supervised)
+    model = model.to(bench.device, memory_format=torch.channels_last)
     stages = ["scratch"] if source.supervised else ["frozen", "finetuned"] if args.head == "resnet" else ["frozen"]
     for stage in stages[:1] if trial else stages:
         key = f"{source.name}/{source.arch}/{stage}/{task.labels:g}/seed {task.seed}{trial}"
