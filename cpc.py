@@ -392,7 +392,7 @@ PRESETS = {
 # ours: all of it at a scale that two CPU cores train in minutes. emb_scale 0.1 and a clip of 0.01
 # are made for hundreds of thousands of steps: here they leave the loss at chance.
 TINY = dict(data="shapes", arch="tiny", crop=32, patch=8, stride=6, min_area=0.6, hidden=32, target_dim=32,
-            emb_scale=1.0, batch_size=64, epochs=10, lr=3e-3, warmup=50, clip=1.0, average=0.0)
+            emb_scale=1.0, batch_size=64, epochs=8, lr=3e-3, warmup=50, clip=1.0, average=0.0)
 
 
 def parse_args(argv: list[str] | None = None):

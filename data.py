@@ -14,13 +14,16 @@ import os
 import random
 from itertools import product
 from pathlib import Path
+from typing import Callable
+from xml.etree import ElementTree
 
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import datasets
+from torchvision import datasets, tv_tensors
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
@@ -234,6 +237,89 @@ def load_dataset(data: str, split: str, size: int) -> Dataset:
 
 
 # ---------------------------------------------------------------------------------------------
+# Detection
+# ---------------------------------------------------------------------------------------------
+
+
+class Objects(Dataset):
+    """Images with boxes. item: (PIL image or uint8 tensor, its `truth`); names: the images'.
+
+    VOC counts pixels from 1 and its boxes hold their last ones: (x1, y1, x2, y2) of its files is
+    (x1 - 1, y1 - 1, x2, y2) here, so that x2 - x1 is a width."""
+
+    def __init__(self, source: Shapes | datasets.VOCDetection, classes: list[str], names: list[str]):
+        self.source, self.classes, self.names = source, classes, names
+        if not isinstance(source, Shapes):  # all at once: a bad file is found before any work
+            self.truths = [self._parse(path) for path in source.annotations]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, dict]:
+        image, truth = self.source[index][0], self.truth(index)
+        boxes = tv_tensors.BoundingBoxes(truth["boxes"], format="XYXY", canvas_size=v2.functional.get_size(image))
+        return image, truth | {"boxes": boxes}
+
+    def truth(self, index: int) -> dict[str, Tensor]:
+        """boxes: float32 [n, 4], x1 y1 x2 y2 in pixels; labels: int64 [n], from 1; difficult: bool [n]."""
+        if not isinstance(self.source, Shapes):
+            return self.truths[index]
+        boxes = self.source.boxes(index)
+        labels = torch.full((len(boxes),), 1 + index % len(self.classes))
+        return {"boxes": boxes, "labels": labels, "difficult": torch.zeros(len(boxes), dtype=torch.bool)}
+
+    def _parse(self, path: str) -> dict[str, Tensor]:
+        try:
+            objects = ElementTree.parse(path).getroot().findall("object")
+            corners = [[float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
+            labels = [1 + self.classes.index(o.findtext("name")) for o in objects]
+            difficult = [o.findtext("difficult") == "1" for o in objects]
+        except (OSError, SyntaxError, TypeError, ValueError) as error:
+            raise SystemExit(f"{path} is not an annotation of VOC 2007: {type(error).__name__} {error}")
+        return {"boxes": torch.tensor(corners).view(-1, 4) - torch.tensor([1.0, 1.0, 0.0, 0.0]),
+                "labels": torch.tensor(labels, dtype=torch.int64), "difficult": torch.tensor(difficult, dtype=torch.bool)}
+
+
+def load_objects(data: str, split: str, size: int) -> Objects:
+    """Sec. 4.3. data: "shapes", of `size` pixels, "voc2007", downloaded, or a folder that holds
+    VOCdevkit/VOC2007; split: "train" (VOC's trainval) or "test". Exits with one line if anything
+    that VOC's list names is missing or damaged."""
+    if data == "shapes":
+        shapes = Shapes(split, size)
+        # ours: 200 test images, 600 objects, tell a few points of mAP apart
+        return Objects(shapes, shapes.classes, [f"{i:05d}" for i in range(len(shapes) if split == "train" else 200)])
+    root, download = (DOWNLOADS, True) if data == "voc2007" else (Path(data), False)
+    if not download and not (root / "VOCdevkit" / "VOC2007").is_dir():
+        raise SystemExit(f"no VOCdevkit/VOC2007 under {data}: pass --data DIR, or --tiny for the embedded data set")
+    waits = download and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if waits:
+        dist.barrier()  # one process of a node downloads
+    try:
+        voc = datasets.VOCDetection(root, "2007", "trainval" if split == "train" else "test", download)
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"cannot read {split} of VOC 2007 under {root}: {str(error).splitlines()[0]}")
+    if download and not waits:
+        dist.barrier()
+    missing = [path for path in (*voc.images, *voc.annotations) if not os.path.isfile(path)]
+    if missing or not len(voc):
+        raise SystemExit(f"{len(missing)} files of VOC 2007's {split} are missing: {(missing or [root])[0]}")
+    classes = FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # VOC's twenty, without the background
+    return Objects(voc, classes, [Path(path).stem for path in voc.images])
+
+
+def labels_of(item: tuple) -> tuple[Tensor, Tensor]:
+    """What goes with a box when it goes."""
+    return item[1]["labels"], item[1]["difficult"]
+
+
+def objects_transform(train: bool) -> v2.Compose:
+    """(image, truth) -> (uint8 tensor, truth): mirrored half the time. Scale and colours (Sec. 2.2)
+    are drawn on the device. ours: boxes of nothing inside the image are left out."""
+    steps = [v2.RandomHorizontalFlip(), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=labels_of)]
+    return v2.Compose([*(steps if train else []), v2.PILToTensor()])
+
+
+# ---------------------------------------------------------------------------------------------
 # Labels
 # ---------------------------------------------------------------------------------------------
 
@@ -339,10 +425,9 @@ class Seeded(Dataset):
         return [self._augment(item, seed) for item, (_, seed) in zip(many(indices), keys)]
 
     def _augment(self, item: tuple, seed: int) -> tuple[Tensor, int]:
-        image, label = item
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torchvision's transforms draw from this one
-            return self.transform(image), label
+            return self.transform(*item)  # (image, label); the boxes of a label follow the image
 
 
 class TrainBatches(Sampler):
@@ -383,13 +468,13 @@ class TestBatches(Sampler):
 
 
 def make_loader(dataset: Dataset, transform: v2.Transform, batches: Sampler, device: torch.device,
-                workers: int | None = None) -> DataLoader:
-    """Batches of (images uint8 [B, 3, S, S], labels int64 [B]). workers: None leaves one core of
-    this rank's share for the training step itself; 0 loads in the process."""
+                workers: int | None = None, collate: Callable | None = None) -> DataLoader:
+    """Batches of (images uint8 [B, 3, S, S], labels int64 [B]), or as `collate` makes them. workers:
+    None leaves one core of this rank's share for the training step itself; 0 loads in the process."""
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
-    return DataLoader(Seeded(dataset, transform), batch_sampler=batches, num_workers=max(0, workers),
+    return DataLoader(Seeded(dataset, transform), batch_sampler=batches, num_workers=max(0, workers), collate_fn=collate,
                       pin_memory=device.type == "cuda", prefetch_factor=4 if workers > 0 else None)
 
 
@@ -420,6 +505,25 @@ def normalise(patches: Tensor) -> Tensor:
     return patches.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
+def drop_colors(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Drop two of the three colours of each image with this probability, in place.
+
+    x: normalised patches or images, float32 [N, 3, H, W].
+
+    paper: Sec. 4.1, "randomly drops two of the three color channels in each patch". Doersch et al.
+    2015: replaced by Gaussian noise of 1/100 of the remaining channel's deviation. The noise is
+    around zero, the mean colour after normalisation. ours: one sheet of noise serves the whole
+    batch, so that it tells no patch from another and costs next to nothing."""
+    rand = lambda: torch.rand(len(x), 1, generator=generator, device=x.device)
+    drop = rand() < probability
+    keep = (3 * rand()).long()  # the channel that stays, in its place
+    kept = ~drop | (keep == torch.arange(3, device=x.device))  # [N, 3]
+    left = x.gather(1, keep.view(-1, 1, 1, 1).expand(-1, -1, *x.shape[2:]))
+    deviation = (left.square().mean((2, 3)) - left.mean((2, 3)).square()).clamp(min=0).sqrt()  # [N, 1]
+    sheet = torch.randn(1, *x.shape[1:], generator=generator, device=x.device)
+    return x.mul_(kept.float()[..., None, None]).addcmul_((~kept * 0.01 * deviation)[..., None, None], sheet)
+
+
 def augment_patches(patches: Tensor, generator: torch.Generator, color_drop: float = 0.0,
                     jitter: bool = False, flip: float = 0.0) -> Tensor:
     """Patch-based augmentation (Sec. 4.1), every patch on its own, and normalisation.
@@ -448,18 +552,7 @@ def augment_patches(patches: Tensor, generator: torch.Generator, color_drop: flo
 
     x = normalise(x)
     if color_drop:
-        # paper: "randomly drops two of the three color channels in each patch". Doersch et al.
-        # 2015: replaced by Gaussian noise of 1/100 of the remaining channel's deviation. The noise
-        # is around zero, the mean colour after normalisation. ours: one sheet of noise serves the
-        # whole batch, so that it tells no patch from another and costs next to nothing.
-        drop = rand(N, 1) < color_drop
-        keep = (3 * rand(N, 1)).long()  # the channel that stays, in its place
-        kept = ~drop | (keep == torch.arange(3, device=device))  # [N, 3]
-        left = x.gather(1, keep.view(N, 1, 1, 1).expand(-1, -1, side, side))
-        deviation = (left.square().mean((2, 3)) - left.mean((2, 3)).square()).clamp(min=0).sqrt()  # [N, 1]
-        sheet = torch.randn(1, 3, side, side, generator=generator, device=device)
-        x.mul_(kept.float().view(N, 3, 1, 1)).addcmul_((~kept * 0.01 * deviation).view(N, 3, 1, 1), sheet)
-
+        drop_colors(x, color_drop, generator)
     if side < P:
         before = (P - side) // 2
         x = torch.nn.functional.pad(x, (before, P - side - before) * 2, mode="replicate")

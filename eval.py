@@ -17,8 +17,6 @@ CIFAR-10 no lasting gain from a tiny encoder (README). At the paper's scale not 
 Shapes: B batch, G grid side, D latent channels.
 """
 
-import copy
-import hashlib
 import math
 import os
 import random
@@ -27,7 +25,6 @@ import time
 from argparse import BooleanOptionalAction
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Callable
 
 import torch
@@ -37,13 +34,12 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.utils.data import Dataset, Subset
-from torchvision import models
-from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data
-from resnet import ARCHITECTURES, STEMS, Bottleneck, Encoder, Parser, Run, load_encoder
+from resnet import (ARCHITECTURES, STEMS, Bottleneck, Encoder, Parser, Representation, Run, assert_unchanged,
+                    find_encoders, fresh)
 
 # ---------------------------------------------------------------------------------------------
 # Classifiers h_psi: latents [B, D, G, G] -> logits [B, classes]
@@ -125,67 +121,21 @@ class Source:
         return patches if self.patch else patches.flatten(0, 2)
 
 
-class TorchvisionGrid(nn.Module):
-    """A convolutional classification model of torchvision as f_theta: its last feature map [B, D, h, w]."""
-
-    # what torchvision's families call it: Swin, ResNet, RegNet, most others, ShuffleNet, MNASNet
-    GRIDS = ("permute", "layer4", "trunk_output", "features", "conv5", "layers")
-
-    def __init__(self, name: str, weights: str | None, crop: int):
-        super().__init__()
-        model = models.get_model(name, weights=None)
-        if weights:
-            try:
-                model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-            except Exception as error:  # foreign bytes, another model's weights: no common base class
-                reason = str(error).splitlines()[0]
-                raise SystemExit(f"{weights} does not hold torchvision's weights of {name}: {reason}")
-        grid = next((g for g in self.GRIDS if hasattr(model, g)), None)
-        if grid is None:
-            raise SystemExit(f"torchvision's {name} has no feature map [B, D, h, w] that we know of")
-        self.extract = create_feature_extractor(model, {grid: "grid"})
-        with torch.no_grad():
-            self.out_channels = self.eval().features(torch.zeros(1, 3, crop, crop)).shape[1]
-
-    def features(self, images: Tensor) -> Tensor:
-        return self.extract(images)["grid"]
-
-
-def fresh(purpose: str, build: Callable[..., nn.Module], *arguments) -> Callable[[int], nn.Module]:
-    """seed -> a new network whose weights are a function of the seed."""
-    def make(seed: int) -> nn.Module:
-        torch.manual_seed(data.derive_seed(seed, purpose))
-        return build(*arguments)
-    return make
-
-
-def find_sources(args, encoders: list[tuple[str, tuple | None]]) -> list[Source]:
+def find_sources(args, encoders: list[Representation]) -> list[Source]:
     """The rows that `--encoder` and `--supervised` ask for."""
-    file = next((loaded[1] for _, loaded in encoders if loaded), None)
-    if file is None and ("random" in args.encoder or any("patched" in name for name in args.supervised)):
-        raise SystemExit("random and patched take architecture and patches from an encoder.pt: name one in --encoder")
-    patches = lambda file: (file["crop"], file["patch"], file["stride"])
-    sources = []
-    for name, loaded in encoders if args.head != "none" else []:
-        if loaded:
-            make, f = lambda seed, encoder=loaded[0]: copy.deepcopy(encoder), loaded[1]
-            arch = f["arch"] if sum(loaded is not None for _, loaded in encoders) == 1 else f"{f['arch']} {name}"
-            sources.append(Source("cpc", arch, make, *patches(f), trained=f["trained"]))
-        elif name == "random":
-            make = fresh(name, Encoder, file["arch"], file["norm"], file["stem"])
-            sources.append(Source(name, file["arch"], make, *patches(file), trained=file["trained"]))
-        else:
-            _, model, *weights = name.split(":", 2)
-            make = fresh(name, TorchvisionGrid, model, *weights or [None], args.crop)
-            make(0)  # so that what cannot be used is refused at once
-            sources.append(Source("torchvision", name.split(":", 1)[1], make, args.crop))
+    file = next((e.file for e in encoders if e.file), None)
+    if file is None and any("patched" in name for name in args.supervised):
+        raise SystemExit("patched takes architecture and patches from an encoder.pt: name one in --encoder")
+    geometry = lambda file: (file["crop"], file["patch"], file["stride"]) if file else (args.crop,)
+    sources = [Source(e.name, e.arch, e.make, *geometry(e.file), trained=e.file["trained"] if e.file else {})
+               for e in encoders if args.head != "none"]
     for name in args.supervised:
         if name.startswith("patched"):  # Sec. 4.1: 66.4 % with batch norm, 62.5 % without
-            make = fresh(name, Encoder, file["arch"], "none" if name == "patched-none" else "batch", file["stem"])
-            sources.append(Source(name, file["arch"], make, *patches(file), supervised=True))
+            make = fresh(Encoder, file["arch"], "none" if name == "patched-none" else "batch", file["stem"])
+            sources.append(Source(name, file["arch"], make, *geometry(file), supervised=True))
         else:  # A.4
             arch, *stem = name.split(":")
-            sources.append(Source("pixels", name, fresh(name, Encoder, arch, "batch", *stem), args.crop, supervised=True))
+            sources.append(Source("pixels", name, fresh(Encoder, arch, "batch", *stem), args.crop, supervised=True))
     return sources
 
 
@@ -390,12 +340,6 @@ def sweep(classify_trial: Callable, recipe: Recipe, trials: int, state: dict) ->
     return recipes[max(range(trials), key=lambda n: state["done"][keys[n]]["held_out_top1"])]
 
 
-def assert_unchanged(encoder: nn.Module, before: dict) -> None:
-    """Frozen means bit-identical, the statistics of a batch norm included."""
-    for key, value in encoder.state_dict().items():
-        assert torch.equal(value, before[key]), f"the frozen encoder's {key} has changed"
-
-
 def make_head(channels: int, task: Task, source: Source, args, dropout: float) -> nn.Module:
     """The row's classifier on latents of so many channels, its weights a function of the seed."""
     torch.manual_seed(data.derive_seed(task.seed, "head"))
@@ -515,14 +459,16 @@ def save_neighbours(bench: Bench, test_set, path, queries: int = 10, among: int 
 # paper: A.3, Adam 5e-4 and 512 images; ours: the epochs, which are not stated
 LINEAR = dict(epochs=30, min_steps=0, batch_size=512, lr=5e-4, weight_decay=0.0, held_out=0.0, distort=False)
 # ours: at tiny scale a few hundred steps must do
-TINY = dict(tiny=True, crop=32, epochs=1, finetune_epochs=0.5, min_steps=100, finetune_lr=3e-4, batch_size=64,
-            held_out=0.1)
+TINY = dict(tiny=True, crop=32, epochs=1, finetune_epochs=0.5, min_steps=60, finetune_lr=3e-4, batch_size=64,
+            held_out=0.05)
+# ours: from random weights it takes longer: so many times the first stage's steps, or both stages' if that is more
+SUPERVISED = 2.5
 TINY_LINEAR = dict(epochs=4, min_steps=0, lr=5e-3, held_out=0.0)
 
 
 def parse_args(argv: list[str] | None = None):
     """The command line, checked. Reads the encoders: the first one's scale, data and augmentation
-    are the defaults. Returns (args, [(name, (encoder, file) or None), ...])."""
+    are the defaults. Returns (args, encoders)."""
     parser = Parser(__doc__, out="runs/eval")
     add = parser.add_argument
     add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME",
@@ -534,12 +480,12 @@ def parse_args(argv: list[str] | None = None):
     add("--supervised", nargs="*", metavar="ARCH", help="also from pixels (A.4): resnet50, resnet101, resnet152 "
         "(default); from scratch as CPC's encoder: patched, with batch norm, or patched-none")
     add("--held-out", type=float, default=0.02, help="fraction of the training images, or of those that --subset leaves, "
-        "to stop and select by; 0 for a fixed schedule (default: 0.02, at tiny scale 0.1, linear probe 0)")  # ours
+        "to stop and select by; 0 for a fixed schedule (default: 0.02, at tiny scale 0.05, linear probe 0)")  # ours
     add("--sweep", type=int, default=0, metavar="N", help="recipes tried for each row and fraction")  # A.4
     add("--seeds", type=int, default=1, help="runs, each with its own labels and weights")
     # the recipe: ours, but for A.4's learning rates, and for the linear probe's
     add("--epochs", type=float, default=50, help="over the labelled images")
-    add("--finetune-epochs", type=float, default=50, help="of fine-tuning; the supervised rows get both together")
+    add("--finetune-epochs", type=float, default=50, help="of fine-tuning; the supervised rows get 2.5 times --epochs, or both together")
     add("--min-steps", type=int, default=10_000, help="at least, for few labels; for --finetune-epochs in proportion")
     add("--batch-size", type=int, default=512, help="images of all processes together")
     add("--lr", type=float, default=0.1, help="peak learning rate, linear probe: of Adam")
@@ -557,27 +503,18 @@ def parse_args(argv: list[str] | None = None):
     head = early.head or ("none" if supervised_alone else "resnet" if early.labels or early.subset else "linear")
     if head == "linear":
         parser.set_defaults_checked(LINEAR)
-    encoders = []
     if head == "none" and not any("patched" in name for name in early.supervised or ()):
         parser.set_defaults(encoder=[])  # pixels need no encoder: whether one was trained here changes nothing
-    for name in parser.parse_known_args(argv)[0].encoder:
-        file = None
-        if name != "random" and not name.startswith("torchvision:"):
-            if os.path.exists(name):
-                file = load_encoder(name)
-            else:
-                parser.error(f"no encoder at {name}: run cpc.py first, or pass --encoder FILE")
-        encoders.append((name, file))
-    first = next((file for _, file in encoders if file), None)
-    if early.tiny or first and first[1]["arch"] in ("tiny", "small"):
+    encoders = find_encoders(parser, parser.parse_known_args(argv)[0].encoder)
+    first = next((e.file for e in encoders if e.file), None)
+    if early.tiny or first and first["arch"] in ("tiny", "small"):
         parser.set_defaults_checked(TINY | (TINY_LINEAR if head == "linear" else {}))
     if first:
-        trained = first[1]["trained"]
-        same = {k: trained[k] for k in ("data", "color_drop", "min_area")}
-        parser.set_defaults_checked(same | {"crop": first[1]["crop"]})
+        same = {k: first["trained"][k] for k in ("data", "color_drop", "min_area")}
+        parser.set_defaults_checked(same | {"crop": first["crop"]})
     args = parser.parse_args(argv)
-    if first and args.crop != first[1]["crop"]:
-        parser.error(f"--crop {args.crop} is not the {first[1]['crop']} pixels of the encoder, which every row gets")
+    if first and args.crop != first["crop"]:
+        parser.error(f"--crop {args.crop} is not the {first['crop']} pixels of the encoder, which every row gets")
     args.head, args.labels = head, sorted(set(args.labels or [1.0]))
     args.data = args.data or ("shapes" if args.tiny else "imagenet")
     if args.supervised is None:
@@ -595,15 +532,8 @@ def check_args(parser: Parser, args):
         if name not in ("patched", "patched-none") and (arch not in ARCHITECTURES or ":" in name and stem not in STEMS):
             parser.error(f"--supervised {name} is none of {', '.join(ARCHITECTURES)} (with :STEM, one of "
                          f"{', '.join(STEMS)}, for another), patched, patched-none")
-    for name in args.encoder:
-        if name.startswith("torchvision:") and name.split(":")[1] not in models.list_models(models):
-            parser.error(f"--encoder {name}: torchvision has no such classification model")
-        file = name.partition(":")[2].partition(":")[2]
-        if file and not os.path.isfile(file):
-            parser.error(f"--encoder {name}: no file {file}")
-    for flag, names in (("encoder", args.encoder), ("supervised", args.supervised)):
-        if len(set(names)) < len(names):
-            parser.error(f"--{flag} {' '.join(names)}: each may be named once")
+    if len(set(args.supervised)) < len(args.supervised):
+        parser.error(f"--supervised {' '.join(args.supervised)}: each may be named once")
     if args.head == "linear" and args.supervised:
         parser.error("--supervised beside --head linear: their learning rates differ, run it alone with --head none")
     if args.head == "none" and not args.supervised:
@@ -651,9 +581,7 @@ def main(args, encoders) -> None:
         raise SystemExit(f"--held-out {args.held_out} of {len(train_set)} images in {len(train_set.classes)} classes "
                          f"is none: raise it, or pass 0 for a fixed schedule")
     sources = find_sources(args, encoders)
-    files = [Path(name.split(":")[-1]) for name in args.encoder]
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files if file.is_file()]
-    run = Run(args, images=len(train_set), encoder_sha256=digests)
+    run = Run(args, images=len(train_set), encoder_sha256=[e.sha256 for e in encoders])
     state, recipes = run.start(classes=len(train_set.classes)) or {"done": {}, "solution": {}}, {}
     if run.is_main:
         names = data.image_names(train_set)
@@ -670,7 +598,7 @@ def main(args, encoders) -> None:
                 if where not in recipes:  # found on the first seed's labels, for all seeds
                     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
                     if source.supervised:
-                        recipe = recipe.times(1 + args.finetune_epochs / args.epochs)
+                        recipe = recipe.times(max(SUPERVISED, 1 + args.finetune_epochs / args.epochs))
                     recipes[where] = sweep(cell, recipe, args.sweep, state) if args.sweep else recipe
                 cell(recipes[where])
     if run.is_main:

@@ -9,14 +9,19 @@ Shapes: N patches or images, B batch, G grid side, P patch side, D channels of t
 """
 
 import argparse
+import copy
 import fcntl
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -24,6 +29,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
 
 # ---------------------------------------------------------------------------------------------
 # Architectures
@@ -136,7 +143,7 @@ class Encoder(nn.Module):
         x = images.contiguous(memory_format=torch.channels_last)
         x = self.pool(self.conv1(x))
         for block in self.blocks:
-            if self.checkpointing and self.training:
+            if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
@@ -211,6 +218,101 @@ def load_encoder(path: str | Path) -> tuple[Encoder, dict]:
     except RuntimeError:
         raise SystemExit(f"{path} does not hold the weights of the {saved['arch']} it names")
     return encoder.eval(), saved
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoders by the names that command lines give them
+# ---------------------------------------------------------------------------------------------
+
+
+class TorchvisionGrid(nn.Module):
+    """A convolutional classification model of torchvision as f_theta: `features` is a layer's
+    output, [N, 3, H, W] -> [N, D, h, w]. Exits with one line on weights that are not this model's."""
+
+    # the last feature map, as the families call it: Swin, ResNet, RegNet, most others, ShuffleNet, MNASNet
+    LAST = ("permute", "layer4", "trunk_output", "features", "conv5", "layers")
+
+    def __init__(self, name: str, weights: str | None = None, layers: tuple[str, ...] = LAST):
+        super().__init__()
+        model = models.get_model(name, weights=None)
+        if weights:
+            try:
+                model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            except Exception as error:  # foreign bytes, another model's weights: no common base class
+                reason = str(error).splitlines()[0]
+                raise SystemExit(f"{weights} does not hold torchvision's weights of {name}: {reason}")
+        layer = next((layer for layer in layers if hasattr(model, layer)), None)
+        if layer is None:
+            raise SystemExit(f"torchvision's {name} has no feature map [B, D, h, w] called {' or '.join(layers)}")
+        self.extract = create_feature_extractor(model, {layer: "grid"})
+        with torch.no_grad():
+            shape = self.eval().features(torch.zeros(1, 3, 96, 96)).shape
+        self.out_channels, self.stride = shape[1], 96 // shape[3]
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.extract(images)["grid"]
+
+
+@dataclass
+class Representation:
+    """What one name on `--encoder` stands for."""
+
+    name: str  # cpc, random, torchvision: a result's "encoder"
+    arch: str
+    make: Callable[[int], nn.Module]  # seed -> a new network with `features`, `out_channels` and `stride`
+    file: dict | None = None  # what encoder.pt says beside the weights
+    sha256: str | None = None  # of the weights' file, its first 16 digits
+
+
+def fresh(build: Callable[..., nn.Module], *arguments) -> Callable[[int], nn.Module]:
+    """seed -> a new network whose weights are a function of the seed: those that pre-training
+    under this seed starts from."""
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return build(*arguments)
+    return make
+
+
+def find_encoders(parser: argparse.ArgumentParser, names: list[str],
+                  layers: tuple[str, ...] = TorchvisionGrid.LAST) -> list[Representation]:
+    """FILE: what cpc.py wrote; random: the first FILE's network, untrained;
+    torchvision:MODEL[:WEIGHTS]: the first of `layers` that it has. Exits with one line on others."""
+    if len(set(names)) < len(names):
+        parser.error(f"--encoder {' '.join(names)}: each may be named once")
+    digest = lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    files = {}
+    for name in names:
+        if name != "random" and not name.startswith("torchvision:"):
+            if not os.path.exists(name):
+                parser.error(f"no encoder at {name}: run cpc.py first, or pass --encoder FILE")
+            files[name] = load_encoder(name)
+    found = []
+    for name in names:
+        if name in files:
+            encoder, file = files[name]
+            arch = file["arch"] if len(files) == 1 else f"{file['arch']} {name}"
+            found.append(Representation("cpc", arch, partial(lambda e, seed: copy.deepcopy(e), encoder), file, digest(name)))
+        elif name == "random":
+            if not files:
+                parser.error("--encoder random takes its architecture from an encoder.pt: name one before it")
+            file = next(iter(files.values()))[1]
+            found.append(Representation(name, file["arch"], fresh(Encoder, file["arch"], file["norm"], file["stem"]), file))
+        else:
+            _, model, *weights = name.split(":", 2)
+            if model not in models.list_models(models):
+                parser.error(f"--encoder {name}: torchvision has no such classification model")
+            if weights and not os.path.isfile(weights[0]):
+                parser.error(f"--encoder {name}: no file {weights[0]}")
+            make = fresh(TorchvisionGrid, model, *weights or [None], layers)
+            make(0)  # so that what cannot be used is refused at once
+            found.append(Representation("torchvision", name.split(":", 1)[1], make, None, *map(digest, weights)))
+    return found
+
+
+def assert_unchanged(network: nn.Module, before: dict) -> None:
+    """Frozen means bit-identical, the statistics of a batch norm included."""
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key]), f"the frozen encoder's {key} has changed"
 
 
 # ---------------------------------------------------------------------------------------------

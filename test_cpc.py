@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import cpc
 import data
+import detect
 import eval as evaluation
 import resnet
 
@@ -568,10 +570,10 @@ def test_fine_tuning_that_only_harms_is_undone(encoder_file, monkeypatch):
 def test_frozen_is_checked(encoder_file):
     encoder = resnet.load_encoder(encoder_file)[0]
     before = copy.deepcopy(encoder.state_dict())
-    evaluation.assert_unchanged(encoder, before)
+    resnet.assert_unchanged(encoder, before)
     encoder.state_dict()["final_norm.bias"][0] += 1e-3
     with pytest.raises(AssertionError, match="has changed"):
-        evaluation.assert_unchanged(encoder, before)
+        resnet.assert_unchanged(encoder, before)
 
 
 def test_early_stopping_restores_the_best_state(encoder_file, monkeypatch):
@@ -669,7 +671,7 @@ def test_torchvision_models_are_representations_too(name, channels, side, tmp_pa
     weights = tmp_path / "weights.pth"
     model = seeded(lambda: models.get_model(name, weights=None))
     torch.save(model.state_dict(), weights)
-    ours = seeded(lambda: evaluation.TorchvisionGrid(name, str(weights), 64), seed=1).eval()
+    ours = seeded(lambda: resnet.TorchvisionGrid(name, str(weights)), seed=1).eval()
     grid = ours.features(torch.randn(2, 3, 64, 64, generator=generator()))
     assert grid.shape == (2, channels, side, side) and ours.out_channels == channels
     if name == "resnet18":  # its own pooled features and classifier
@@ -677,7 +679,189 @@ def test_torchvision_models_are_representations_too(name, channels, side, tmp_pa
         assert torch.allclose(model.eval()(x), model.fc(grid.mean((2, 3))), atol=1e-4)
     torch.save({"x": torch.zeros(1)}, weights)
     with pytest.raises(SystemExit, match=f"does not hold torchvision's weights of {name}"):
-        evaluation.TorchvisionGrid(name, str(weights), 64)
+        resnet.TorchvisionGrid(name, str(weights))
+
+
+# ---------------------------------------------------------------------------------------------
+# Detection
+# ---------------------------------------------------------------------------------------------
+
+
+def truth(*boxes, labels=None, difficult=()):
+    return {"boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4), "labels": torch.tensor(labels or [1] * len(boxes)),
+            "difficult": torch.tensor([i in difficult for i in range(len(boxes))], dtype=torch.bool)}
+
+
+def found(*scored, labels=None):
+    return {"boxes": torch.tensor([box for _, box in scored], dtype=torch.float32).view(-1, 4),
+            "labels": torch.tensor(labels or [1] * len(scored), dtype=torch.int64), "scores": torch.tensor([s for s, _ in scored])}
+
+
+A, B, FAR = (0, 0, 10, 10), (20, 0, 30, 10), (50, 50, 60, 60)
+
+
+@pytest.mark.parametrize("detections, truths, eleven, area", [
+    ([found((0.9, A), (0.8, B))], [truth(A, B)], 1, 1),  # perfect
+    ([found((0.9, FAR))], [truth(A)], 0, 0),  # all wrong
+    ([found()], [truth(A)], 0, 0),  # nothing found
+    ([found((0.9, A))], [truth(A, B)], 6 / 11, 1 / 2),  # half of them: recalls 0 to 0.5
+    ([found((0.9, FAR), (0.8, A))], [truth(A)], 1 / 2, 1 / 2),  # a false one first
+    ([found((0.9, A), (0.8, A), (0.7, B))], [truth(A, B)], (6 + 5 * 2 / 3) / 11, (1 + 2 / 3) / 2),  # a duplicate
+    ([found((0.9, A), (0.8, B))], [truth(A, B, difficult=[0])], 1, 1),  # a difficult one neither helps nor harms
+    ([found((0.9, A), (0.85, A), (0.8, B))], [truth(A, B, difficult=[0])], 1, 1),  # nor found twice
+    ([found((0.9, A))], [truth(A, B, difficult=[1])], 1, 1),  # nor missed
+    ([found((0.9, A), (0.8, B))], [truth(A)], 1, 1),  # a false one after all are found
+    ([found((0.9, A)), found((0.8, A))], [truth(A), truth()], 1, 1),  # an image without objects
+    ([found((0.5, FAR), (0.5, A)), found((0.5, A))], [truth(A), truth(A)], 2 / 3, 2 / 3),  # ties: in the images' order
+    ([found((0.9, A), labels=[2])], [truth(A)], 0, 0),  # another class
+    ([found((0.9, (0, 0, 10, 5)))], [truth(A)], 1, 1),  # an IoU of 0.5 is enough
+    ([found((0.9, (0, 0, 10, 4.9)))], [truth(A)], 0, 0),
+])
+def test_average_precision_by_hand(detections, truths, eleven, area):
+    ap = detect.average_precisions(detections, truths, ["a", "without objects"])
+    assert ap["ap"] == {"a": pytest.approx(100 * eleven, abs=1e-3)} and ap["mAP"] == ap["ap"]["a"]
+    assert ap["mAP_area"] == pytest.approx(100 * area, abs=1e-3)
+
+
+def test_coco_style_average_precision():
+    """An IoU of 0.8 is right at seven of the ten thresholds; recall 1/2 holds at 51 of 101 points."""
+    ap = detect.average_precisions([found((0.9, (0, 0, 10, 8)))], [truth(A, B)], ["a"])
+    assert ap["mAP_coco"] == pytest.approx(100 * 0.7 * 51 / 101, abs=1e-3)
+
+
+def test_average_precision_of_a_published_case():
+    """github.com/rafaelpadilla/Object-Detection-Metrics: 15 objects, 24 detections (x, y, width, height),
+    at IoU 0.3: 26.84 % by 11 points, 24.57 % by area."""
+    objects = """25 16 38 56, 129 123 41 62; 123 11 43 55, 38 132 59 45; 16 14 35 48, 123 30 49 44, 99 139 47 47;
+        53 42 40 52, 154 43 31 34; 59 31 44 51, 48 128 34 52; 36 89 52 76, 62 58 44 67; 28 31 55 63, 58 67 50 58"""
+    detections = """.88 5 67 31 48, .70 119 111 40 67, .80 124 9 49 67; .71 64 111 64 58, .54 26 140 60 47, .74 19 18 43 35;
+        .18 109 15 77 39, .67 86 63 46 45, .38 160 62 36 53, .91 105 131 47 47, .44 18 148 40 44;
+        .35 83 28 28 26, .78 28 68 42 67, .45 87 89 25 39, .14 10 155 60 26;
+        .62 50 38 28 46, .44 95 11 53 28, .95 29 131 72 29, .23 29 163 72 29;
+        .45 43 48 74 38, .84 17 155 29 35, .43 95 110 25 42; .48 16 20 101 88, .95 33 116 37 49"""
+    rows = lambda text: [[[float(v) for v in row.split()] for row in image.split(",")] for image in text.split(";")]
+    corners = lambda x, y, w, h: (x, y, x + w + 1, y + h + 1)  # x + w is a box's last pixel there, as in VOC
+    truths = [truth(*(corners(*row) for row in image)) for image in rows(objects)]
+    matched = detect.match([found(*((s, corners(*box)) for s, *box in image)) for image in rows(detections)], truths)
+    curve = detect.precision_recall(matched, 1, 15, 0.3)
+    assert round(100 * detect.interpolated(*curve, 11), 2) == 26.84 and round(100 * detect.area(*curve), 2) == 24.57
+
+
+@pytest.fixture(scope="session")
+def voc(tmp_path_factory):
+    """VOCdevkit/VOC2007 as it may be: grey, CMYK, without objects, with boxes beyond the border, difficult ones."""
+    root = tmp_path_factory.mktemp("voc")
+    base = root / "VOCdevkit" / "VOC2007"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (base / folder).mkdir(parents=True)
+    shapes, mode = data.Shapes("train", 64), {1: "L", 2: "CMYK"}
+    for i in range(8):
+        image = to_pil_image(shapes[i][0]).resize((64 + i, 60)).convert(mode.get(i, "RGB"))
+        image.save(base / "JPEGImages" / f"{i:06d}.jpg")
+        boxes = [] if i == 3 else [(1, 1, 30, 60), (20, 5, 64 + i + (40 if i == 4 else 0), 60)]
+        (base / "Annotations" / f"{i:06d}.xml").write_text("<annotation>" + "".join(
+            f"<object><name>{'dog' if n else 'train'}</name><difficult>{int(i == 5)}</difficult><bndbox><xmin>{x1}</xmin>"
+            f"<ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+            for n, (x1, y1, x2, y2) in enumerate(boxes)) + "</annotation>")
+    for split, names in (("trainval", range(6)), ("test", range(5, 8))):
+        (base / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{i:06d}\n" for i in names))
+    return root
+
+
+def test_voc_boxes(voc, tmp_path):
+    """VOC counts from 1 and includes the last pixel; what is written is in its terms again."""
+    train, test = (data.load_objects(str(voc), split, 64) for split in ("train", "test"))
+    assert len(train.classes) == 20 and train.classes[14] == "person" and len(train) == 6 and len(test) == 3
+    one = test.truth(1)
+    assert one["boxes"].tolist() == [[0, 0, 30, 60], [19, 4, 70, 60]] and one["labels"].tolist() == [19, 12]
+    assert test.truth(0)["difficult"].tolist() == [True, True]
+    detect.write_voc(tmp_path, [one | {"scores": torch.tensor([0.9, 0.5])} for one in map(test.truth, range(3))], test)
+    assert len(list(tmp_path.iterdir())) == 20
+    lines = (tmp_path / "comp4_det_test_dog.txt").read_text().splitlines()
+    assert lines[1] == "000006 0.500000 20.00 5.00 70.00 60.00"
+    for i in range(6):  # all sizes and modes train, with boxes inside the image only
+        with torch.random.fork_rng():
+            torch.manual_seed(i)
+            image, truth = data.objects_transform(True)(*train[i])
+        assert image.shape == (3, 60, 64 + i) and image.dtype == torch.uint8
+        assert len(truth["boxes"]) == len(truth["labels"]) == (0 if i == 3 else 2)
+        assert (truth["boxes"][:, ::2] <= 64 + i).all() and (truth["boxes"] >= 0).all()
+    mirrored = [data.objects_transform(True)(*train[0])[1]["boxes"][0].tolist() for _ in range(20)]
+    assert sorted(map(tuple, mirrored))[0] == (0, 0, 30, 60) and sorted(map(tuple, mirrored))[-1] == (34, 0, 64, 60)
+
+
+def test_voc_that_is_incomplete(voc, tmp_path):
+    shutil.copytree(voc, tmp_path / "voc")
+    annotation = tmp_path / "voc/VOCdevkit/VOC2007/Annotations/000002.xml"
+    text = annotation.read_text()
+    for content in ("<annotation>", text.replace("dog", "wolf"), text.replace("<xmin>1", "<xmin>one")):
+        annotation.write_text(content)
+        with pytest.raises(SystemExit, match="000002.xml is not an annotation of VOC 2007"):
+            data.load_objects(str(tmp_path / "voc"), "train", 64)
+    annotation.unlink()
+    with pytest.raises(SystemExit, match="1 files of VOC 2007's train are missing: .*000002.xml"):
+        data.load_objects(str(tmp_path / "voc"), "train", 64)
+    with pytest.raises(SystemExit, match="no VOCdevkit/VOC2007 under"):
+        data.load_objects(str(tmp_path), "train", 64)
+
+
+@pytest.mark.parametrize("stem, stride, H, W", [("3x3", 4, 61, 83), ("7x7", 16, 130, 97)])
+def test_trunk(stem, stride, H, W):
+    """The encoder's features at its stride on any size; never in training mode itself."""
+    encoder = resnet.Encoder("tiny", "batch", stem)
+    trunk = detect.Trunk(encoder, bf16=False).train()
+    images = torch.randn(1, 3, H, W)
+    grid = trunk(images)
+    assert grid.shape == (1, 256, math.ceil(H / stride), math.ceil(W / stride)) and not grid.requires_grad
+    assert torch.equal(grid, encoder.eval().features(images)) and trunk.training and not encoder.training
+    trunk.frozen = False
+    assert trunk(images).requires_grad
+
+
+def test_detector_is_faster_rcnn_c4():
+    """Ren et al. 2015 on conv1..conv4: anchors of 32 to 512 pixels at the trunk's stride, 512 channels
+    in the proposal network; He et al. 2016: conv5's three bottlenecks, 2048 channels, on 14x14 cells."""
+    with torch.device("meta"):
+        model = detect.build_detector(resnet.Encoder("resnet92"), 20, 480)
+    assert model.rpn.anchor_generator.sizes == ((32, 64, 128, 256, 512),) and model.rpn.head.cls_logits.in_channels == 512
+    head = model.roi_heads.box_head
+    assert [b.conv3.out_channels for b in head.blocks] == [2048] * 3 and head.blocks[0].conv2.stride == (2, 2)
+    assert model.roi_heads.box_predictor.cls_score.out_features == 21
+    areas = [side * side * 4 / 3 for side in model.transform.min_size]
+    assert areas[-1] == 480 * 640 and 150e3 < min(areas) < 156e3 and 450e3 < max(areas) < 465e3
+
+
+def make_detector(encoder, *flags):
+    args, encoders = detect.parse_args(["--encoder", str(encoder), "--workers", "0", "--batch-size", "2", *flags])
+    network = encoders[0].make(0)
+    return args, network, seeded(lambda: detect.build_detector(network, 20, args.side, True, 20, 16))
+
+
+QUIET = SimpleNamespace(is_main=False, log=lambda *a, **k: None, save=lambda state: None, stop_signal=lambda: 0)
+
+
+def test_one_image_is_learned_and_the_frozen_trunk_is_not_touched(encoder_file, voc):
+    """Sec. 4.3's two phases, on one image: mAP 100; the first leaves the trunk bit-identical, the second moves it."""
+    args, network, model = make_detector(encoder_file, "--epochs", "40", "--finetune-epochs", "30", "--color-drop", "0")
+    objects = data.load_objects(str(voc), "train", 64)
+    objects.names = objects.names[:1]
+    before = copy.deepcopy(network.state_dict())
+    detect.fit(args, "frozen", model, objects, CPU, QUIET, {}, "a")
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    detect.fit(args, "finetuned", model, objects, CPU, QUIET, {}, "b")
+    assert not any(torch.equal(v, before[k]) for k, v in network.state_dict().items() if "conv" in k)
+    assert model.roi_heads.box_roi_pool.scales == [1 / 4]  # torchvision's guess: the trunk's stride
+    detections = detect.detect_all(args, model, objects, CPU, show=False)
+    assert detect.average_precisions(detections, [objects.truth(0)], objects.classes)["mAP"] == 100
+
+
+def test_colors_are_dropped_over_the_whole_image():
+    """Sec. 2.2: the same two channels everywhere, in about half of the images; never in a test."""
+    images = [torch.randint(0, 256, (3, 20 + n % 3, 30), dtype=torch.uint8, generator=generator(n)) for n in range(200)]
+    plain = detect.prepare(images, CPU)
+    assert all(torch.equal(x, data.normalise(i)) for x, i in zip(plain, images))
+    kept = [(a == b).all(2).all(1).sum().item() for a, b in zip(detect.prepare(images, CPU, 0.5), plain)]
+    assert set(kept) == {1, 3} and 70 < kept.count(1) < 130
 
 
 # ---------------------------------------------------------------------------------------------
@@ -820,6 +1004,53 @@ def test_fixed_schedule_and_subset_list(trained, folder, tmp_path):
     assert " 0 held-out" in done.stdout
 
 
+DETECT = ["--epochs", "2", "--finetune-epochs", "1", "--batch-size", "2", "--regions", "8", "--proposals", "8"]
+
+
+@pytest.fixture(scope="session")
+def detected(trained, voc, tmp_path_factory):
+    out = tmp_path_factory.mktemp("detect") / "d"
+    done = run("detect.py", "--encoder", trained / "encoder.pt", "random", "--data", voc, *DETECT, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_detection_command(detected, tmp_path):
+    """From cpc.py's encoder: a result for each encoder and phase, what VOC's devkit scores, pictures,
+    and a detector for one's own picture."""
+    out, printed = detected
+    results = events(out, "result")
+    assert [(r["encoder"], r["phase"], r["seed"]) for r in results] == [
+        ("cpc", "frozen", 0), ("cpc", "finetuned", 0), ("random", "frozen", 0), ("random", "finetuned", 0)]
+    assert all(set(r["ap"]) == {"dog", "train"} and 0 <= r["mAP"] <= 100 for r in results)  # the classes there are
+    assert "mAP (VOC 2007)" in printed and "aeroplane" in printed
+    assert len(list((out / "cpc-tiny" / "frozen").glob("comp4_det_test_*.txt"))) == 20
+    assert min(Image.open(out / "random-tiny" / "finetuned.png").size) > 200
+    picture = tmp_path / "mine.png"
+    to_pil_image(data.Shapes("test", 64)[0][0]).convert("P").save(picture)
+    detect.main(*detect.parse_args(["--detect", str(picture), "--out", str(out)]))
+    assert min(Image.open(out / "detected-mine.png").size) == 256
+    with pytest.raises(SystemExit, match="cannot read .*model.pt"):
+        detect.main(*detect.parse_args(["--detect", str(out / "model.pt"), "--out", str(out)]))
+
+
+def test_resumed_detection_is_exact_and_repeats_nothing(detected, trained, voc, tmp_path):
+    """Stopped by SIGTERM in the second encoder's first phase, resumed: the same results."""
+    out = tmp_path / "d"
+    flags = ["--encoder", trained / "encoder.pt", "random", "--data", voc, *DETECT, "--out", out]
+    process = subprocess.Popen(command("detect.py", *flags, "--workers", 0), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (out.exists() and "random-tiny" in (out / "log.jsonl").read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert "--resume" in process.communicate()[1].splitlines()[-1] and process.returncode == 143
+    done = run("detect.py", *flags, "--workers", 0, "--resume")
+    assert done.returncode == 0, done.stderr
+    for event in ("result", "train"):
+        a, b = ([{k: v for k, v in e.items() if k != "seconds"} for e in events(o, event)] for o in (detected[0], out))
+        assert a == b
+
+
 def test_resume_is_exact(trained, folder, tmp_path):
     """Stopped by SIGTERM in the middle of an epoch, with another number of workers: the same bits."""
     out = tmp_path / "stopped"
@@ -839,25 +1070,23 @@ def test_resume_is_exact(trained, folder, tmp_path):
         assert a == b, part
 
 
-def test_two_processes(folder, tmp_path):
-    """Under torchrun: the gradients that the mathematics asks for (below), the same commands, and
-    every test image counted once, though 11 do not divide by two."""
-    done = run("test_cpc.py", processes=2)
+def test_two_processes(folder, voc, tmp_path):
+    """Under torchrun: the gradients that the mathematics asks for, the three scripts one after the
+    other (below), and every test image counted once, though 11 and 3 do not divide by two."""
+    done = run("test_cpc.py", folder, voc, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
-    done = run("cpc.py", *TINY, "--data", folder, "--out", tmp_path / "two", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert [e["step"] for e in events(tmp_path / "two", "epoch")] == [5, 10]
-    assert events(tmp_path / "two", "epoch")[0]["chance_loss"] == pytest.approx(math.log(4 * 25))  # local negatives
-    done = run("eval.py", "--encoder", tmp_path / "two" / "encoder.pt", "--labels", 0.5, "--epochs", 1, "--batch-size", 8,
-               "--min-steps", 4, "--held-out", 0.2, "--out", tmp_path / "e", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert len(events(tmp_path / "e", "result")) == 2
-    assert all(r["top1"] in [round(100 * n / 11, 3) for n in range(12)] for r in events(tmp_path / "e", "result"))
+    assert [e["step"] for e in events(tmp_path / "cpc", "epoch")] == [5, 10]
+    assert events(tmp_path / "cpc", "epoch")[0]["chance_loss"] == pytest.approx(math.log(4 * 25))  # local negatives
+    assert len(events(tmp_path / "eval", "result")) == 2
+    assert all(r["top1"] in [round(100 * n / 11, 3) for n in range(12)] for r in events(tmp_path / "eval", "result"))
+    assert [r["phase"] for r in events(tmp_path / "detect", "result")] == ["finetuned"]
+    lines = [line.split() for file in (tmp_path / "detect").glob("*/*/comp4*") for line in file.read_text().splitlines()]
+    assert {line[0] for line in lines} <= {"000005", "000006", "000007"} and len(lines) == len(set(map(tuple, lines)))
 
 
-def check_two_processes():
+def check_two_processes(folder, voc, out):
     """Run by each of two processes: DDP's gradient is that of the mean of the two halves' losses,
-    each with the negatives of its own half."""
+    each with the negatives of its own half; then every script."""
     data.start_process()
     torch.manual_seed(0)
     model = cpc.CPC(resnet.Encoder("tiny"), 2, [2], emb_scale=1.0)
@@ -869,6 +1098,12 @@ def check_two_processes():
     ((model(patches[0::2])[0] + model(patches[1::2])[0]) / 2).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert (ours - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 0.01
+    cpc.main(cpc.parse_args([*TINY, "--data", folder, "--out", f"{out}/cpc"]))
+    dist.barrier()  # encoder.pt is there
+    encoder = ["--encoder", f"{out}/cpc/encoder.pt", "--batch-size", "8"]
+    evaluation.main(*evaluation.parse_args([*encoder, "--labels", "0.5", "--epochs", "1", "--min-steps", "4", "--held-out", "0.2",
+                                            "--out", f"{out}/eval"]))
+    detect.main(*detect.parse_args([*encoder, "--data", voc, *DETECT, "--phase", "finetuned", "--out", f"{out}/detect"]))
 
 
 @pytest.mark.parametrize("script, flags, message", [
@@ -891,13 +1126,19 @@ def check_two_processes():
     ("eval.py", ["--tiny", "--encoder", "torchvision:resnet18:none.pth"], "no file none.pth"),
     ("eval.py", ["--tiny", "--supervised", "tiny", "tiny"], "each may be named once"),
     ("eval.py", ["--tiny", "--supervised", "--held-out", "0.0001"], "is none: raise it"),
+    ("detect.py", [], "no encoder at runs/cpc/encoder.pt: run cpc.py first"),
+    ("detect.py", ["--encoder", "random"], "takes its architecture from an encoder.pt"),
+    ("detect.py", ["--encoder", "torchvision:vgg11"], "vgg11 has no feature map [B, D, h, w] called layer3"),
+    ("detect.py", ["--encoder", "torchvision:resnet18"], "no VOCdevkit/VOC2007 under voc: pass --data DIR"),
+    ("detect.py", ["--encoder", "torchvision:resnet18", "--side", "8"], "--side 8 is not between 32 and 10000"),
+    ("detect.py", ["--detect", "photo.jpg"], "no detector at runs/detect/model.pt"),
 ])
 def test_mistakes_get_one_line(script, flags, message, tmp_path, monkeypatch, capsys):
-    module = {"cpc.py": cpc, "eval.py": evaluation}[script]
+    module = {"cpc.py": cpc, "eval.py": evaluation, "detect.py": detect}[script]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         args = module.parse_args(flags)
-        module.main(*(args if script == "eval.py" else [args]))
+        module.main(*([args] if script == "cpc.py" else args))
     code, printed = stop.value.code, capsys.readouterr()
     error = printed.err + (f"{code}\n" if isinstance(code, str) else "")  # Python prints a string and exits with 1
     assert message in error and code != 0 and len(error.splitlines()) == 1
@@ -924,23 +1165,23 @@ def test_presets(flags, expected):
 
 
 def documented_commands():
-    """Every cpc.py and eval.py command of the README, the docstrings and `./run.sh paper`."""
+    """Every command of the README, the docstrings and `./run.sh paper`."""
     paper = subprocess.run([HERE / "run.sh", "paper"], capture_output=True, text=True, check=True).stdout
-    lines = [line for text in (*((HERE / f).read_text() for f in ("README.md", "cpc.py", "eval.py")), paper)
+    lines = [line for text in (*((HERE / f).read_text() for f in ("README.md", "cpc.py", "eval.py", "detect.py")), paper)
              for line in text.splitlines()]
-    pattern = re.compile(r"\s*(?:python|\S*torchrun [^#]*?) (cpc|eval)\.py\b([^#]*)")
+    pattern = re.compile(r"\s*(?:python|\S*torchrun [^#]*?) (cpc|eval|detect)\.py\b([^#]*)")
     return [(m[1], shlex.split(m[2].replace("$s", "0"))) for m in map(pattern.match, lines) if m]
 
 
 def test_documented_commands_parse(trained):
     commands = documented_commands()
-    assert len(commands) > 25 and {script for script, _ in commands} == {"cpc", "eval"}
+    assert len(commands) > 25 and {script for script, _ in commands} == {"cpc", "eval", "detect"}
     for script, flags in commands:
         if script == "cpc":
             cpc.parse_args(flags)
         else:
-            evaluation.parse_args([*flags, "--encoder", str(trained / "encoder.pt")])
+            {"eval": evaluation, "detect": detect}[script].parse_args([*flags, "--encoder", str(trained / "encoder.pt")])
 
 
 if __name__ == "__main__":
-    check_two_processes()
+    check_two_processes(*sys.argv[1:])
