@@ -452,14 +452,9 @@ def parse_args(argv: list[str] | None = None):
         parser.error(f"--benchmark {args.benchmark}: at least one step")
     if (args.stem or ARCHITECTURES[args.arch][3]) == "7x7" and args.patch < 32:
         parser.error(f"--patch {args.patch} is too small for the 7x7 stem of {args.arch}: pass --stem 3x3")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size < 1 or args.batch_size % world:
-        parser.error(f"--batch-size {args.batch_size} does not divide among {world} processes")
-    for name, low, high in (("color_drop", 0, 1), ("flip", 0, 1), ("average", 0, 0.9999999), ("min_area", 0.001, 1),
-                            ("hidden", 1, 1e6), ("target_dim", 1, 1e6), ("seed", 0, 2**63 - 1),
-                            ("epochs", 1, 1e9), ("lr", 1e-12, 1e3), ("warmup", 0, 1e9), ("clip", 0, 1e9)):
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not between {low} and {high:g}")
+    parser.check_ranges(args, dict(
+        color_drop=(0, 1), flip=(0, 1), average=(0, 0.9999999), min_area=(0.001, 1), hidden=(1, 1e6), target_dim=(1, 1e6),
+        seed=(0, 2**62), epochs=(1, 1e9), lr=(1e-12, 1e3), warmup=(0, 1e9), clip=(0, 1e9)))
     return args
 
 

@@ -12,6 +12,7 @@ import ctypes
 import math
 import os
 import random
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Callable
@@ -196,6 +197,20 @@ class ImageFiles(Dataset):
 DOWNLOADS = Path("datasets")  # where torchvision keeps what it downloads
 
 
+@contextmanager
+def one_downloads(data: str):
+    """The first process of a node goes first, the others find what it has downloaded."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        dist.barrier()
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"cannot download {data} to {DOWNLOADS}/: {str(error).splitlines()[0]}")
+    if first:
+        dist.barrier()
+
+
 def load_dataset(data: str, split: str, size: int) -> Dataset:
     """The images of `data`. split: "pretrain" (no labels needed), "train" or "test", both of
     (image, class) and with `.classes`; size: of the images that are made, not read (pixels).
@@ -205,22 +220,13 @@ def load_dataset(data: str, split: str, size: int) -> Dataset:
     if data == "shapes":
         return Shapes("train" if train else "test", size)
     if data in ("cifar10", "stl10", "imagenette"):
-        waits = int(os.environ.get("LOCAL_RANK", 0)) > 0
-        if waits:
-            dist.barrier()  # one process of a node downloads
-        try:
+        with one_downloads(data):
             if data == "cifar10":
-                dataset = datasets.CIFAR10(DOWNLOADS, train=train, download=True)
-            elif data == "stl10":
-                dataset = datasets.STL10(DOWNLOADS, {"pretrain": "unlabeled"}.get(split, split), download=True)
-            else:
-                datasets.Imagenette(DOWNLOADS, download=True)
-                dataset = datasets.ImageFolder(DOWNLOADS / "imagenette2" / ("train" if train else "val"))
-        except (OSError, RuntimeError) as error:
-            raise SystemExit(f"cannot download {data} to {DOWNLOADS}/: {str(error).splitlines()[0]}")
-        if not waits:
-            dist.barrier()
-        return dataset
+                return datasets.CIFAR10(DOWNLOADS, train=train, download=True)
+            if data == "stl10":
+                return datasets.STL10(DOWNLOADS, {"pretrain": "unlabeled"}.get(split, split), download=True)
+            datasets.Imagenette(DOWNLOADS, download=True)
+            return datasets.ImageFolder(DOWNLOADS / "imagenette2" / ("train" if train else "val"))
     root = Path(data)
     if not root.is_dir():
         raise SystemExit(f"no folder {data}: pass --data DIR, or --tiny for the embedded data set")
@@ -288,21 +294,17 @@ def load_objects(data: str, split: str, size: int) -> Objects:
         shapes = Shapes(split, size)
         # ours: 200 test images, 600 objects, tell a few points of mAP apart
         return Objects(shapes, shapes.classes, [f"{i:05d}" for i in range(len(shapes) if split == "train" else 200)])
-    root, download = (DOWNLOADS, True) if data == "voc2007" else (Path(data), False)
-    if not download and not (root / "VOCdevkit" / "VOC2007").is_dir():
-        raise SystemExit(f"no VOCdevkit/VOC2007 under {data}: pass --data DIR, or --tiny for the embedded data set")
-    waits = download and int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if waits:
-        dist.barrier()  # one process of a node downloads
-    try:
-        voc = datasets.VOCDetection(root, "2007", "trainval" if split == "train" else "test", download)
-    except (OSError, RuntimeError) as error:
-        raise SystemExit(f"cannot read {split} of VOC 2007 under {root}: {str(error).splitlines()[0]}")
-    if download and not waits:
-        dist.barrier()
+    which = "trainval" if split == "train" else "test"
+    if data == "voc2007":
+        with one_downloads(data):
+            voc = datasets.VOCDetection(DOWNLOADS, "2007", which, download=True)
+    elif not (folder := Path(data) / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{which}.txt").is_file():
+        raise SystemExit(f"no {folder}: pass --data DIR with VOCdevkit/VOC2007 in it, or --tiny for the embedded data set")
+    else:
+        voc = datasets.VOCDetection(data, "2007", which)
     missing = [path for path in (*voc.images, *voc.annotations) if not os.path.isfile(path)]
     if missing or not len(voc):
-        raise SystemExit(f"{len(missing)} files of VOC 2007's {split} are missing: {(missing or [root])[0]}")
+        raise SystemExit(f"{len(missing)} files of VOC 2007's {which} are missing: {(missing or ['its list is empty'])[0]}")
     classes = FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # VOC's twenty, without the background
     return Objects(voc, classes, [Path(path).stem for path in voc.images])
 

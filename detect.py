@@ -17,9 +17,7 @@ Shapes: N images, R regions, D latent channels, H W an image's sides.
 """
 
 import math
-import os
 import time
-from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import torch
@@ -293,7 +291,7 @@ def draw(image: Tensor, found: dict, classes: list[str], truth: dict | None = No
 def save_picture(path: Path, objects, detections: list[dict], rows: int = 3, columns: int = 4) -> None:
     """The first test images, with what was found and what is there."""
     shown = [draw(vision.pil_to_tensor(image) if isinstance(image, Image.Image) else image, detections[i],
-                  objects.classes, objects.truth(i)) for i in range(min(rows * columns, len(objects)))
+                  objects.classes, objects.truth(i), score=0.2) for i in range(min(rows * columns, len(objects)))
              for image in [objects[i][0]]]
     H, W = (max(image.shape[d] for image in shown) for d in (1, 2))
     shown = [F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1]), value=255) for image in shown]
@@ -373,15 +371,9 @@ def parse_args(argv: list[str] | None = None):
         parser.set_defaults_checked(TINY)
     args = parser.parse_args(argv)
     args.data, args.phase = args.data or "voc", [p for p in ("frozen", "finetuned") if p in args.phase]
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size < world or args.batch_size % world:
-        parser.error(f"--batch-size {args.batch_size} does not divide among {world} processes")
-    for name, low, high in (
-            ("side", 32, 1e4), ("color_drop", 0, 1), ("proposals", 1, 1e4), ("regions", 1, 1e4), ("epochs", 1e-3, 1e6),
-            ("finetune_epochs", 1e-3, 1e6), ("lr", 1e-12, 1e3), ("finetune_lr", 1e-12, 1e3), ("weight_decay", 0, 1),
-            ("seed", 0, 2**62)):
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not between {low:g} and {high:g}")
+    parser.check_ranges(args, dict(
+        side=(32, 1e4), color_drop=(0, 1), proposals=(1, 1e4), regions=(1, 1e4), epochs=(1e-3, 1e6), seed=(0, 2**62),
+        finetune_epochs=(1e-3, 1e6), lr=(1e-12, 1e3), finetune_lr=(1e-12, 1e3), weight_decay=(0, 1)))
     return args, encoders
 
 

@@ -18,7 +18,6 @@ Shapes: B batch, G grid side, D latent channels.
 """
 
 import math
-import os
 import random
 import statistics
 import time
@@ -526,7 +525,6 @@ def parse_args(argv: list[str] | None = None):
 
 def check_args(parser: Parser, args):
     """Exit with one line on flags that are out of range or cannot work together."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
     for name in args.supervised:
         arch, _, stem = name.partition(":")
         if name not in ("patched", "patched-none") and (arch not in ARCHITECTURES or ":" in name and stem not in STEMS):
@@ -542,16 +540,10 @@ def check_args(parser: Parser, args):
         parser.error("--subset and --labels both say which labels are used: pass one")
     if args.sweep and not args.held_out:
         parser.error("--sweep needs held-out images to select by: pass --held-out")
-    if args.batch_size < world or args.batch_size % world:
-        parser.error(f"--batch-size {args.batch_size} does not divide among {world} processes")
-    for name, low, high in (
-            ("labels", 1e-9, 1), ("held_out", 0, 0.5), ("sweep", 0, 1e6), ("seeds", 1, 1e6), ("seed", 0, 2**62),
-            ("epochs", 1e-3, 1e6), ("finetune_epochs", 1e-3, 1e6), ("min_steps", 0, 1e9), ("lr", 1e-12, 1e3),
-            ("finetune_lr", 1e-12, 1e3), ("weight_decay", 0, 1), ("dropout", 0, 0.99), ("crop", 1, 1e5),
-            ("min_area", 0.001, 1), ("color_drop", 0, 1)):
-        value = getattr(args, name)
-        if not all(low <= v <= high for v in (value if isinstance(value, list) else [value])):
-            parser.error(f"--{name.replace('_', '-')} {value} is not between {low:g} and {high:g}")
+    parser.check_ranges(args, dict(
+        labels=(1e-9, 1), held_out=(0, 0.5), sweep=(0, 1e6), seeds=(1, 1e6), seed=(0, 2**61), epochs=(1e-3, 1e6),
+        finetune_epochs=(1e-3, 1e6), min_steps=(0, 1e9), lr=(1e-12, 1e3), finetune_lr=(1e-12, 1e3), weight_decay=(0, 1),
+        dropout=(0, 0.99), crop=(1, 1e5), min_area=(0.001, 1), color_drop=(0, 1)))
     return args
 
 

@@ -352,6 +352,16 @@ class Parser(argparse.ArgumentParser):
         assert defaults.keys() <= vars(self.parse_known_args([])[0]).keys()
         self.set_defaults(**defaults)
 
+    def check_ranges(self, args: argparse.Namespace, ranges: dict[str, tuple[float, float]]) -> None:
+        """Exit with one line on a flag out of its range, or a batch that does not divide."""
+        for name, (low, high) in ranges.items():
+            value = getattr(args, name)
+            if not all(low <= v <= high for v in (value if isinstance(value, list) else [value])):
+                self.error(f"--{name.replace('_', '-')} {value} is not between {low:g} and {high:g}")
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if args.batch_size < 1 or args.batch_size % world:
+            self.error(f"--batch-size {args.batch_size} does not divide among {world} processes")
+
 
 def git_commit() -> str | None:
     """The commit of this code, if it is in a git checkout."""

@@ -27,6 +27,7 @@ tiny() {
     "$python" cpc.py --tiny --out "$out/cpc"                                       # Sec. 2.1, 4.1
     "$python" eval.py --encoder "$out/cpc/encoder.pt" --out "$out/linear"          # Table 1: A.3
     "$python" eval.py --encoder "$out/cpc/encoder.pt" --labels 0.01 0.1 1 --supervised --out "$out/labels"  # Fig. 1
+    "$python" detect.py --encoder "$out/cpc/encoder.pt" random --out "$out/detect"  # Table 3
 }
 
 paper() {
@@ -55,6 +56,8 @@ paper() {
     # Table 1, CPC v1, and where Fig. 3 starts
     go $launch cpc.py --data "$data" --preset v1 --out runs/v1 --resume
     go $launch eval.py --data "$data" --encoder runs/v1/encoder.pt --out runs/v1-linear --resume
+    # Table 3: detection on VOC 2007 (Sec. 4.3), downloaded, or VOC=DIR
+    go $launch detect.py --data "${VOC:-voc2007}" --encoder runs/v2/encoder.pt random --out runs/v2-voc --resume
     # Fig. 3 and 4: the larger encoder, one change from v2 at a time; linear, and with few labels
     fig3() {
         name=$1; shift
@@ -70,6 +73,7 @@ paper() {
     fig3 no-color-drop --color-drop 0             # RC
     fig3 patch-flips --flip 0.5                   # HF
     fig3 resnet92 --arch resnet92                 # capacity
+    go $launch detect.py --data "${VOC:-voc2007}" --encoder runs/resnet92/encoder.pt --out runs/resnet92-voc --resume  # Table 3, "ResNet-101"
     fig3 deeper --arch resnet161-deep             # Fig. 4, right
     fig3 wider --arch resnet161-wide
 }

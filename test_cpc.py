@@ -799,9 +799,9 @@ def test_voc_that_is_incomplete(voc, tmp_path):
         with pytest.raises(SystemExit, match="000002.xml is not an annotation of VOC 2007"):
             data.load_objects(str(tmp_path / "voc"), "train", 64)
     annotation.unlink()
-    with pytest.raises(SystemExit, match="1 files of VOC 2007's train are missing: .*000002.xml"):
+    with pytest.raises(SystemExit, match="1 files of VOC 2007's trainval are missing: .*000002.xml"):
         data.load_objects(str(tmp_path / "voc"), "train", 64)
-    with pytest.raises(SystemExit, match="no VOCdevkit/VOC2007 under"):
+    with pytest.raises(SystemExit, match="with VOCdevkit/VOC2007 in it"):
         data.load_objects(str(tmp_path), "train", 64)
 
 
@@ -1129,7 +1129,7 @@ def check_two_processes(folder, voc, out):
     ("detect.py", [], "no encoder at runs/cpc/encoder.pt: run cpc.py first"),
     ("detect.py", ["--encoder", "random"], "takes its architecture from an encoder.pt"),
     ("detect.py", ["--encoder", "torchvision:vgg11"], "vgg11 has no feature map [B, D, h, w] called layer3"),
-    ("detect.py", ["--encoder", "torchvision:resnet18"], "no VOCdevkit/VOC2007 under voc: pass --data DIR"),
+    ("detect.py", ["--encoder", "torchvision:resnet18"], "trainval.txt: pass --data DIR with VOCdevkit/VOC2007"),
     ("detect.py", ["--encoder", "torchvision:resnet18", "--side", "8"], "--side 8 is not between 32 and 10000"),
     ("detect.py", ["--detect", "photo.jpg"], "no detector at runs/detect/model.pt"),
 ])
