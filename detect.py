@@ -33,7 +33,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision.transforms.v2 import functional as vision
-from torchvision.utils import draw_bounding_boxes, save_image
+from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 from tqdm import tqdm
 
 import data
@@ -288,21 +288,20 @@ def draw(image: Tensor, found: dict, classes: list[str], truth: dict | None = No
     return draw_bounding_boxes(image, found["boxes"][sure] * scale, names, colors="red", width=2) if names else image
 
 
-def save_picture(path: Path, objects, detections: list[dict], rows: int = 3, columns: int = 4) -> None:
+def save_picture(path: Path, objects, detections: list[dict], images: int = 12) -> None:
     """The first test images, with what was found and what is there."""
-    shown = [draw(vision.pil_to_tensor(image) if isinstance(image, Image.Image) else image, detections[i],
-                  objects.classes, objects.truth(i), score=0.2) for i in range(min(rows * columns, len(objects)))
-             for image in [objects[i][0]]]
-    H, W = (max(image.shape[d] for image in shown) for d in (1, 2))
+    transform, shown = data.objects_transform(train=False), []
+    for i in range(min(images, len(objects))):
+        shown.append(draw(transform(*objects[i])[0], detections[i], objects.classes, objects.truth(i), score=0.2))
+    H, W = (max(image.shape[side] for image in shown) for side in (1, 2))
     shown = [F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1]), value=255) for image in shown]
-    lines = [torch.cat(shown[n:n + columns], 2) for n in range(0, len(shown) - columns + 1, columns)] or [shown[0]]
-    save_image(torch.cat(lines, 1) / 255, path)
+    save_image(make_grid(shown, nrow=4, pad_value=255) / 255, path)
 
 
 def print_table(results: list[dict], classes: list[str]) -> None:
     """A column for each encoder and phase, a row for each class."""
-    heads = [f"{r['encoder']} {r['phase']}" for r in results]
-    width = max(12, *map(len, heads)) + 2
+    heads = [f"{r['encoder']} {r['arch']} {r['phase']}" for r in results]
+    width = max(map(len, heads)) + 2
     row = lambda name, cells: print(f"{name:20}" + "".join(f"{c:>{width}}" for c in cells))
     row("\nAP %", heads)
     for name in classes:
