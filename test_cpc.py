@@ -714,6 +714,7 @@ A, B, FAR = (0, 0, 10, 10), (20, 0, 30, 10), (50, 50, 60, 60)
     ([found((0.9, A)), found((0.8, A))], [truth(A), truth()], 1, 1),  # an image without objects
     ([found((0.5, FAR), (0.5, A)), found((0.5, A))], [truth(A), truth(A)], 2 / 3, 2 / 3),  # ties: in the images' order
     ([found((0.9, A), labels=[2])], [truth(A)], 0, 0),  # another class
+    ([found((0.9, A))], [truth(A, FAR, labels=[3, 1])], 0, 0),  # on an object of another class
     ([found((0.9, (0, 0, 10, 5)))], [truth(A)], 1, 1),  # an IoU of 0.5 is enough
     ([found((0.9, (0, 0, 10, 4.9)))], [truth(A)], 0, 0),
 ])
@@ -759,6 +760,7 @@ def voc(tmp_path_factory):
         image = to_pil_image(shapes[i][0]).resize((64 + i, 60)).convert(mode.get(i, "RGB"))
         image.save(base / "JPEGImages" / f"{i:06d}.jpg")
         boxes = [] if i == 3 else [(1, 1, 30, 60), (20, 5, 64 + i + (40 if i == 4 else 0), 60)]
+        boxes = [(200, 5, 230, 60), *boxes] if i == 4 else boxes
         (base / "Annotations" / f"{i:06d}.xml").write_text("<annotation>" + "".join(
             f"<object><name>{'dog' if n else 'train'}</name><difficult>{int(i == 5)}</difficult><bndbox><xmin>{x1}</xmin>"
             f"<ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
@@ -1081,7 +1083,8 @@ def test_two_processes(folder, voc, tmp_path):
     assert all(r["top1"] in [round(100 * n / 11, 3) for n in range(12)] for r in events(tmp_path / "eval", "result"))
     assert [r["phase"] for r in events(tmp_path / "detect", "result")] == ["finetuned"]
     lines = [line.split() for file in (tmp_path / "detect").glob("*/*/comp4*") for line in file.read_text().splitlines()]
-    assert {line[0] for line in lines} <= {"000005", "000006", "000007"} and len(lines) == len(set(map(tuple, lines)))
+    assert len({tuple(sorted(map(tuple, (line[1:] for line in lines if line[0] == name)))) for name in (
+        "000005", "000006", "000007")}) == 3 and len({line[0] for line in lines}) == 3  # each image's its own
 
 
 def check_two_processes(folder, voc, out):
