@@ -32,7 +32,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data
-from resnet import ARCHITECTURES, NORMS, STEMS, Encoder, Parser, Run, save_encoder
+from resnet import ARCHITECTURES, NORMS, STEMS, Encoder, Parser, Run, learning_rate, save_encoder
 
 # ---------------------------------------------------------------------------------------------
 # The model and its loss
@@ -151,13 +151,6 @@ def chance_loss(args) -> float:
     """The loss of guessing: log of the number of candidates, all patches of this process's batch."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     return math.log(args.batch_size // world * data.grid_side(args.crop, args.patch, args.stride) ** 2)
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """ours: linear warm-up, then half a cosine down to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def image_transform(args):

@@ -316,7 +316,7 @@ def labels_of(item: tuple) -> tuple[Tensor, Tensor]:
 
 def objects_transform(train: bool) -> v2.Compose:
     """(image, truth) -> (uint8 tensor, truth): mirrored half the time. Scale and colours (Sec. 2.2)
-    are drawn on the device. ours: boxes of nothing inside the image are left out."""
+    are drawn on the device. ours: boxes of less than a pixel inside the image are left out."""
     steps = [v2.RandomHorizontalFlip(), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=labels_of)]
     return v2.Compose([*(steps if train else []), v2.PILToTensor()])
 

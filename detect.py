@@ -16,17 +16,19 @@ Results: see the README; at the paper's scale not yet measured.
 Shapes: N images, R regions, D latent channels, H W an image's sides.
 """
 
+import copy
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
@@ -37,8 +39,10 @@ from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 from tqdm import tqdm
 
 import data
-from resnet import (FORMAT, Bottleneck, Encoder, Parser, Run, TorchvisionGrid, assert_unchanged, atomic_save,
-                    find_encoders, load_file, norm_layer)
+from resnet import (FORMAT, Bottleneck, Encoder, LayerNorm, Parser, Run, TorchvisionGrid, assert_unchanged, atomic_save,
+                    find_encoders, learning_rate, load_file, norm_layer)
+
+LAYERS = ("layer3",)  # torchvision's conv4: ResNets
 
 # ---------------------------------------------------------------------------------------------
 # The detector
@@ -48,12 +52,16 @@ from resnet import (FORMAT, Bottleneck, Encoder, Parser, Run, TorchvisionGrid, a
 class Trunk(nn.Module):
     """f_theta on whole images, fully convolutional: [N, 3, H, W] -> [N, D, H/stride, W/stride].
 
-    Its normalisation stays as trained: batch norm with its running statistics; layer norm, whose
-    statistics were a patch's, with those of a whole image, the batch's padding included."""
+    Its normalisation stays as trained: batch norm with its running statistics. Layer norm's were a
+    patch's; here they are each position's, over its channels. ours, measured: with those of the whole
+    image mAP is 12 points lower (README), and the padding that a batch adds would change latents."""
 
     def __init__(self, encoder: nn.Module, bf16: bool):
         super().__init__()
         self.encoder, self.out_channels, self.bf16, self.frozen = encoder, encoder.out_channels, bf16, True
+        for module in encoder.modules():
+            if isinstance(module, LayerNorm):
+                module.per_position = True
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -82,7 +90,7 @@ class Conv5(nn.Module):
 
 
 def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = False, proposals: int = 300,
-                   regions: int = 256, bf16: bool = False) -> FasterRCNN:
+                   regions: int = 128, bf16: bool = False) -> FasterRCNN:
     """Faster R-CNN (Ren et al. 2015) with the encoder as its trunk, images already normalised.
 
     classes: without the background; side: shorter side of test images, pixels; proposals: from the
@@ -91,12 +99,14 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
     anchors = AnchorGenerator(  # 32 to 512 pixels at side 480, three shapes
         (tuple(max(1, round(side * 2 ** n / 15)) for n in range(5)),), ((0.5, 1.0, 2.0),))
     rpn_head = RPNHead(min(D, 512), anchors.num_anchors_per_location()[0])  # Ren et al. 2015: 512
-    rpn_head.conv = nn.Sequential(nn.Conv2d(D, min(D, 512), 3, padding=1), nn.ReLU())
+    rpn_head.conv = nn.Sequential(nn.Conv2d(D, min(D, 512), 3, padding=1), nn.ReLU())  # torchvision's keeps D
+    nn.init.normal_(rpn_head.conv[0].weight, std=0.01)  # as the others in RPNHead
+    nn.init.zeros_(rpn_head.conv[0].bias)
     channels, cells = (D, 6) if tiny else (2048, 14)  # a ResNet's conv5, on 14x14 cells of a region
     # paper: Sec. 2.2, "scale-augmentation (Doersch et al., 2015)", who draw 150 to 450 thousand
     # pixels: of a 4:3 image with a short side of 480, 154 to 461. torchvision's detector draws one
     # of these short sides in training and takes the last at test time.
-    sides = [round(side * math.sqrt(area / 10)) for area in range(5, 16)] + [side]
+    sides = [round(side * math.sqrt(area / 10)) for area in range(5, 16) if area != 10] + [side]
     return FasterRCNN(
         Trunk(encoder, bf16), min_size=sides, max_size=round(2.5 * side), image_mean=(0.0,) * 3, image_std=(1.0,) * 3,
         rpn_anchor_generator=anchors, rpn_head=rpn_head, rpn_post_nms_top_n_test=proposals,
@@ -199,10 +209,13 @@ def fit(args, phase: str, model: FasterRCNN, objects, device: torch.device, run:
     model.backbone.requires_grad_(not frozen)
     batch = min(args.batch_size, len(objects) // dist.get_world_size() * dist.get_world_size())
     steps = math.ceil((args.epochs if frozen else args.finetune_epochs) * len(objects) / batch)
-    peak = args.lr if frozen else args.finetune_lr  # paper: "fine-tuned the entire model end-to-end"; ours: slower
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], peak, weight_decay=args.weight_decay)
-    schedule = OneCycleLR(optimizer, peak, steps, pct_start=0.1, cycle_momentum=False)  # ours
-    start, totals = 0, torch.zeros(2, device=device)  # sum of losses, steps
+    # paper: "then fine-tuned the entire model end-to-end"; ours: slower, but for what is still fresh
+    slow = dict(params=list(model.backbone.parameters()), lr=args.finetune_lr)
+    rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    fast = dict(params=rest, lr=args.lr if args.phase[0] == phase else args.finetune_lr)
+    optimizer = torch.optim.AdamW([fast] if frozen else [slow, fast], weight_decay=args.weight_decay)  # ours
+    schedule = LambdaLR(optimizer, partial(learning_rate, steps=steps, peak=1.0, warmup=steps // 10))
+    start, totals = 0, torch.zeros(5, device=device)  # sums of torchvision's four losses, steps
     if state.get("key") == key:
         start = state["step"]
         model.load_state_dict(state["model"])
@@ -220,23 +233,22 @@ def fit(args, phase: str, model: FasterRCNN, objects, device: torch.device, run:
         torch.manual_seed(seed)  # of the scale, and of the anchors and regions that torchvision draws
         targets = [{k: truth[k].as_subclass(Tensor).to(device) for k in ("boxes", "labels")} for truth in truths]
         losses = ddp(prepare(images, device, args.color_drop, seed), targets)
-        loss = sum(losses.values())
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 10.0)  # ours: a first batch of bad boxes is survived
+        sum(losses.values()).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)  # ours: a batch of bad boxes is survived
+        if not norm.isfinite():  # the same on every rank
+            raise SystemExit(f"{key}: gradients are not finite at step {done}, loss {float(sum(losses.values())):.3g}, learning "
+                             f"rate {schedule.get_last_lr()[-1]:.2e}: lower --lr; the last checkpoint is kept")
         optimizer.step()
         schedule.step()
-        totals += torch.stack((loss.detach(), torch.ones_like(loss)))
+        totals += torch.stack([loss.detach() for loss in losses.values()] + [torch.ones((), device=device)])
         caught = run.stop_signal()
         if done in stops:
             dist.all_reduce(totals)
-            mean = (totals[0] / totals[1]).item()
-            if not math.isfinite(mean):
-                raise SystemExit(f"{key}: loss is not finite at step {done}, learning rate "
-                                 f"{schedule.get_last_lr()[0]:.2e}: lower --lr; the last checkpoint is kept")
+            means = dict(zip(losses, (totals[:4] / totals[4]).tolist()))
             totals.zero_()
-            bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
-            run.log("train", fit=key, step=done, steps=steps, loss=mean)
+            bar.set_postfix_str(f"loss {sum(means.values()):.3f}", refresh=False)
+            run.log("train", fit=key, step=done, steps=steps, loss=sum(means.values()), **means)
         if caught or done in stops:
             state.update(key=key, step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
                          schedule=schedule.state_dict(), totals=totals)
@@ -247,14 +259,16 @@ def fit(args, phase: str, model: FasterRCNN, objects, device: torch.device, run:
 
 
 @torch.no_grad()
-def detect_all(args, model: FasterRCNN, objects, device: torch.device, show: bool) -> list[dict]:
+def detect_all(args, model: FasterRCNN, objects, device: torch.device, run: Run) -> list[dict]:
     """Every image's detections, from all processes, each image once: boxes in its own pixels."""
     model.eval()
-    batches, rank, world = data.TestBatches(len(objects), 1), dist.get_rank(), dist.get_world_size()
+    batches, world = data.TestBatches(len(objects), 1), dist.get_world_size()
     loader = data.make_loader(objects, data.objects_transform(train=False), batches, device, args.workers, pairs)
     found = []
-    for images, _ in tqdm(loader, desc="test", disable=not show, mininterval=1):
+    for n, (images, _) in enumerate(tqdm(loader, desc="test", disable=not run.is_main, mininterval=1)):
         found += [{k: v.cpu() for k, v in one.items()} for one in model(prepare(images, device))]
+        if n % 20 == 0 and n < len(objects) // world and (caught := run.stop_signal()):
+            run.leave(caught)  # `fit` has saved all there is
     shares = [None] * world
     dist.all_gather_object(shares, found)
     return [shares[i % world][i // world] for i in range(len(objects))]
@@ -298,9 +312,9 @@ def save_picture(path: Path, objects, detections: list[dict], images: int = 12) 
     save_image(make_grid(shown, nrow=4, pad_value=255) / 255, path)
 
 
-def print_table(results: list[dict], classes: list[str]) -> None:
+def print_table(results: dict[str, dict], classes: list[str]) -> None:
     """A column for each encoder and phase, a row for each class."""
-    heads = [f"{r['encoder']} {r['arch']} {r['phase']}" for r in results]
+    heads, results = list(results), list(results.values())
     width = max(map(len, heads)) + 2
     row = lambda name, cells: print(f"{name:20}" + "".join(f"{c:>{width}}" for c in cells))
     row("\nAP %", heads)
@@ -318,14 +332,16 @@ def detect_one(args) -> None:
     model = build_detector(encoder, len(saved["classes"]), **saved["sizes"])
     model.load_state_dict(saved["state"])
     try:
-        image = vision.pil_to_tensor(Image.open(args.detect).convert("RGB"))
-    except OSError as error:
+        image = vision.pil_to_tensor(ImageOps.exif_transpose(Image.open(args.detect)).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise SystemExit(f"cannot read {args.detect}: {error}")
     with torch.no_grad():
         found = model.eval()(prepare([image], torch.device("cpu")))[0]
     for box, label, score in zip(*(found[k].tolist() for k in ("boxes", "labels", "scores"))):
         if score >= 0.5:
             print(f"{saved['classes'][label - 1]:16} {score:.2f}   {' '.join(f'{v:.0f}' for v in box)}")
+    if not (found["scores"] >= 0.5).any():
+        print("nothing that scores 0.5 or more")
     path = Path(args.out) / f"detected-{Path(args.detect).stem}.png"
     save_image(draw(image, found, saved["classes"]) / 255, path)
     print(f"wrote {path}")
@@ -335,7 +351,6 @@ def detect_one(args) -> None:
 # Command line
 # ---------------------------------------------------------------------------------------------
 
-LAYERS = ("layer3",)  # torchvision's conv4: ResNets
 # ours: on shapes, minutes on a CPU
 TINY = dict(tiny=True, data="shapes", side=64, proposals=50, regions=16, batch_size=4, epochs=0.12, finetune_epochs=0.06,
             lr=3e-3, finetune_lr=1e-3)
@@ -343,7 +358,8 @@ TINY = dict(tiny=True, data="shapes", side=64, proposals=50, regions=16, batch_s
 
 def parse_args(argv: list[str] | None = None):
     """The command line, checked. Returns (args, encoders)."""
-    parser = Parser(__doc__, out="runs/detect")
+    parser = Parser(__doc__, out="runs/detect", data="folder that holds VOCdevkit/VOC2007 (default: voc); or voc2007 "
+                    "(downloaded), shapes (made)")
     add = parser.add_argument
     add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help="what cpc.py wrote; random: the "
         "same network untrained; torchvision:MODEL[:WEIGHTS]: a ResNet's conv1 to conv4")
@@ -354,7 +370,7 @@ def parse_args(argv: list[str] | None = None):
     add("--side", type=int, default=480, help="shorter side of test images, pixels; in training half to 1.5 of the area")
     add("--color-drop", type=float, default=0.5, help="probability for an image")  # ours: not stated
     add("--proposals", type=int, default=300, help="regions of a test image")  # Ren et al. 2015
-    add("--regions", type=int, default=256, help="of a training image")  # ours
+    add("--regions", type=int, default=128, help="of a training image")  # Ren et al. 2015
     # ours: the paper states nothing of the optimisation
     add("--epochs", type=float, default=30, help="with the trunk frozen")
     add("--finetune-epochs", type=float, default=30, help="of everything")
@@ -371,7 +387,7 @@ def parse_args(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     args.data, args.phase = args.data or "voc", [p for p in ("frozen", "finetuned") if p in args.phase]
     parser.check_ranges(args, dict(
-        side=(32, 1e4), color_drop=(0, 1), proposals=(1, 1e4), regions=(1, 1e4), epochs=(1e-3, 1e6), seed=(0, 2**62),
+        side=(32, 1e4), color_drop=(0, 1), proposals=(1, 1e4), regions=(4, 1e4), epochs=(1e-3, 1e6), seed=(0, 2**62),
         finetune_epochs=(1e-3, 1e6), lr=(1e-12, 1e3), finetune_lr=(1e-12, 1e3), weight_decay=(0, 1)))
     return args, encoders
 
@@ -381,6 +397,7 @@ def main(args, encoders) -> None:
     if args.detect:
         return detect_one(args)
     device = data.start_process()
+    torch.backends.cudnn.benchmark = False  # images and batches differ in size
     bf16 = data.has_bf16(device) if args.bf16 is None else args.bf16
     train_set, test_set = (data.load_objects(args.data, split, args.side) for split in ("train", "test"))
     if len(train_set) < dist.get_world_size():
@@ -389,15 +406,19 @@ def main(args, encoders) -> None:
     run = Run(args, images=len(train_set), encoder_sha256=[e.sha256 for e in encoders])
     state = run.start(classes=train_set.classes) or {"done": {}, "solution": {}}
     sizes = dict(side=args.side, tiny=args.tiny, proposals=args.proposals, regions=args.regions)
-    for encoder in encoders:
-        torch.manual_seed(data.derive_seed(args.seed, "detector"))
+    if run.is_main:
+        print(f"{len(train_set)} training and {len(test_set)} test images, {len(train_set.classes)} classes, shorter side "
+              f"{args.side}{', tiny scale' * args.tiny}; {args.batch_size} images a step on {dist.get_world_size()} x "
+              f"{device.type} in {'bfloat16' if bf16 else 'float32'}")
+    names = [encoder.name for encoder in encoders]
+    for n, encoder in enumerate(encoders):
+        row = encoder.name if names.count(encoder.name) == 1 else f"{encoder.name}-{n}"
         network = encoder.make(args.seed)
         torch.manual_seed(data.derive_seed(args.seed, "detector"))
         model = build_detector(network, len(train_set.classes), **sizes, bf16=bf16)
         network.checkpointing = device.type == "cuda" and network.out_channels == 4096  # as in pre-training
         model = model.to(device, memory_format=torch.channels_last)
         for phase in args.phase:
-            row = f"{encoder.name}-{encoder.arch}".replace("/", "-").replace(":", "-").replace(" ", "-")
             key = f"{row}/{phase}"
             if key in state["done"]:
                 if key in state["solution"]:
@@ -407,24 +428,24 @@ def main(args, encoders) -> None:
             fit(args, phase, model, train_set, device, run, state, key)
             if phase == "frozen":
                 assert_unchanged(network, before)
-            detections = detect_all(args, model, test_set, device, run.is_main)
-            result = dict(encoder=encoder.name, arch=encoder.arch, phase=phase, seed=args.seed,
-                          seconds=round(time.time() - clock, 1), **average_precisions(detections, truths, test_set.classes))
+            detections = detect_all(args, model, test_set, device, run)
+            result = dict(encoder=encoder.name, arch=encoder.arch, phase=phase, seed=args.seed, seconds=round(time.time() - clock, 1),
+                          **average_precisions(detections, truths, test_set.classes))
             run.log("result", **result)
             if run.is_main:
-                write_voc(run.folder / row / phase, detections, test_set)
-                save_picture(run.folder / row / f"{phase}.png", test_set, detections)
-                if encoder is encoders[0]:
-                    described = dict(arch=encoder.arch.split(":")[0].split()[0], norm=getattr(network, "norm", None),
-                                     stem=getattr(network, "stem", None), classes=test_set.classes, sizes=sizes)
-                    atomic_save({"kind": "detector", "format": FORMAT, **described, "trained": vars(args),
-                                 "state": model.state_dict()}, run.folder / "model.pt")
+                write_voc(run.folder / key, detections, test_set)
+                save_picture(run.folder / key / "test.png", test_set, detections)
+                if n == 0:
+                    described = dict(arch=network.arch, norm=getattr(network, "norm", None), stem=getattr(network, "stem", None),
+                                     classes=test_set.classes, sizes=sizes, trained=vars(args))
+                    atomic_save({"kind": "detector", "format": FORMAT, **described, "state": model.state_dict()},
+                                run.folder / "model.pt")
             done = state["done"] | {key: result}
             state.clear()
-            state.update(done=done, solution={key: model.state_dict()} if phase == "frozen" else {})
+            state.update(done=done, solution={key: copy.deepcopy(model.state_dict())} if phase == "frozen" else {})
             run.save(state)
     if run.is_main:
-        print_table(list(state["done"].values()), test_set.classes)
+        print_table(state["done"], test_set.classes)
 
 
 if __name__ == "__main__":

@@ -31,14 +31,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Subset
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data
 from resnet import (ARCHITECTURES, STEMS, Bottleneck, Encoder, Parser, Representation, Run, assert_unchanged,
-                    find_encoders, fresh)
+                    find_encoders, fresh, learning_rate)
 
 # ---------------------------------------------------------------------------------------------
 # Classifiers h_psi: latents [B, D, G, G] -> logits [B, classes]
@@ -277,8 +277,7 @@ def fit(bench: Bench, model: Classifier, task: Task, recipe: Recipe, stage: str,
     part = model.head if model.frozen else model  # what is trained, and saved
     optimizer = make_optimizer(model, stage, recipe)
     constant = isinstance(model.head, LinearProbe)  # paper: A.3 names a learning rate, no schedule
-    schedule = LambdaLR(optimizer, lambda step: 1.0) if constant else OneCycleLR(
-        optimizer, recipe.lr, steps, pct_start=0.1, cycle_momentum=False)  # ours: up over a tenth, down by a cosine
+    schedule = LambdaLR(optimizer, lambda step: 1.0 if constant else learning_rate(step, steps, 1.0, steps // 10))
     copied = lambda: {k: v.clone() for k, v in part.state_dict().items()}
     start, totals = 0, torch.zeros(2, device=bench.device)  # sum of losses, steps
     best, best_top1 = (None, -1.0) if start_top1 is None else (copied(), start_top1)

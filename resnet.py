@@ -13,6 +13,7 @@ import copy
 import fcntl
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -57,14 +58,26 @@ STEMS = {"7x7": 4, "3x3/2": 2, "3x3": 1}  # and their strides; ours: the last tw
 NORMS = ("layer", "batch", "none")  # paper: Sec. 4.1, "Layer normalization", compares the three
 
 
+class LayerNorm(nn.GroupNorm):
+    """ours: Ba et al. 2016 do not say over which axes of a feature map. One group over (C, H, W) makes
+    the statistics those of one patch: no patch can see another, which is what batch norm gets wrong
+    (Sec. 4.1: "a dependency between patches ... that can be exploited").
+
+    per_position: the statistics of each position over its channels, with the same weights, for
+    detection, where a map is no longer a patch's."""
+
+    per_position = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.per_position:
+            return super().forward(x)
+        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
 def norm_layer(norm: str, channels: int) -> nn.Module:
     """The normalisation in front of every ReLU: "layer" (the paper's choice), "batch" or "none"."""
     if norm == "layer":
-        # ours: Ba et al. 2016 do not say over which axes of a feature map. One group over
-        # (C, H, W) makes the statistics those of one patch: no patch can see another, which is
-        # what batch norm gets wrong (Sec. 4.1: "a dependency between patches ... that can be
-        # exploited"). In fully convolutional use (detection) they become the whole image's.
-        return nn.GroupNorm(1, channels)
+        return LayerNorm(1, channels)
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     return nn.Identity()
@@ -244,6 +257,7 @@ class TorchvisionGrid(nn.Module):
         layer = next((layer for layer in layers if hasattr(model, layer)), None)
         if layer is None:
             raise SystemExit(f"torchvision's {name} has no feature map [B, D, h, w] called {' or '.join(layers)}")
+        self.arch = name
         self.extract = create_feature_extractor(model, {layer: "grid"})
         with torch.no_grad():
             shape = self.eval().features(torch.zeros(1, 3, 96, 96)).shape
@@ -294,7 +308,7 @@ def find_encoders(parser: argparse.ArgumentParser, names: list[str],
             found.append(Representation("cpc", arch, partial(lambda e, seed: copy.deepcopy(e), encoder), file, digest(name)))
         elif name == "random":
             if not files:
-                parser.error("--encoder random takes its architecture from an encoder.pt: name one before it")
+                parser.error("--encoder random takes its architecture from an encoder.pt: name one beside it")
             file = next(iter(files.values()))[1]
             found.append(Representation(name, file["arch"], fresh(Encoder, file["arch"], file["norm"], file["stem"]), file))
         else:
@@ -331,10 +345,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 class Parser(argparse.ArgumentParser):
     """argparse with whole flag names, one-line errors, and the flags all scripts share."""
 
-    def __init__(self, doc: str, out: str):
+    DATA = ("folder with train/ and val/ (or test/), or any folder of images; or cifar10, stl10, imagenette (downloaded), "
+            "shapes (made)")
+
+    def __init__(self, doc: str, out: str, data: str = DATA):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=HelpFormatter)
-        self.add_argument("--data", help="folder with train/ and val/ (or test/), or any folder of images; or "
-                          "cifar10, stl10, imagenette (downloaded), shapes (made)")
+        self.add_argument("--data", help=data)
         self.add_argument("--out", default=out, help="the run's folder")
         self.add_argument("--resume", action="store_true",
                           help="continue the run in --out, if there is one")
@@ -361,6 +377,13 @@ class Parser(argparse.ArgumentParser):
         world = int(os.environ.get("WORLD_SIZE", 1))
         if args.batch_size < 1 or args.batch_size % world:
             self.error(f"--batch-size {args.batch_size} does not divide among {world} processes")
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """ours: linear warm-up, then half a cosine down to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def git_commit() -> str | None:

@@ -415,6 +415,8 @@ def test_learning_rate():
     rates = [cpc.learning_rate(step, 100, 2.0, 10) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == rates[10] == 2.0 and rates[-1] < 0.01
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    for steps in range(1, 13):  # the shortest schedules learn too
+        assert all(0 < cpc.learning_rate(step, steps, 1.0, steps // 10) <= 1 for step in range(steps))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -820,6 +822,17 @@ def test_trunk(stem, stride, H, W):
     assert trunk(images).requires_grad
 
 
+def test_layer_norm_of_each_position():
+    """In the trunk a position sees its own channels' statistics: padding far from it changes nothing."""
+    encoder = resnet.Encoder("tiny")
+    trunk, images = detect.Trunk(encoder, bf16=False), torch.randn(1, 3, 64, 64)
+    assert torch.allclose(trunk(images)[..., :8, :8], trunk(F.pad(images, (0, 40, 0, 40)))[..., :8, :8], atol=1e-5)
+    norm, x = resnet.LayerNorm(1, 8), torch.randn(2, 8, 3, 3)
+    norm.per_position = True
+    expected = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    assert torch.allclose(norm(x), expected, atol=1e-5)
+
+
 def test_detector_is_faster_rcnn_c4():
     """Ren et al. 2015 on conv1..conv4: anchors of 32 to 512 pixels at the trunk's stride, 512 channels
     in the proposal network; He et al. 2016: conv5's three bottlenecks, 2048 channels, on 14x14 cells."""
@@ -853,7 +866,7 @@ def test_one_image_is_learned_and_the_frozen_trunk_is_not_touched(encoder_file, 
     detect.fit(args, "finetuned", model, objects, CPU, QUIET, {}, "b")
     assert not any(torch.equal(v, before[k]) for k, v in network.state_dict().items() if "conv" in k)
     assert model.roi_heads.box_roi_pool.scales == [1 / 4]  # torchvision's guess: the trunk's stride
-    detections = detect.detect_all(args, model, objects, CPU, show=False)
+    detections = detect.detect_all(args, model, objects, CPU, QUIET)
     assert detect.average_precisions(detections, [objects.truth(0)], objects.classes)["mAP"] == 100
 
 
@@ -1026,8 +1039,8 @@ def test_detection_command(detected, tmp_path):
         ("cpc", "frozen", 0), ("cpc", "finetuned", 0), ("random", "frozen", 0), ("random", "finetuned", 0)]
     assert all(set(r["ap"]) == {"dog", "train"} and 0 <= r["mAP"] <= 100 for r in results)  # the classes there are
     assert "mAP (VOC 2007)" in printed and "aeroplane" in printed
-    assert len(list((out / "cpc-tiny" / "frozen").glob("comp4_det_test_*.txt"))) == 20
-    assert min(Image.open(out / "random-tiny" / "finetuned.png").size) > 200
+    assert len(list((out / "cpc" / "frozen").glob("comp4_det_test_*.txt"))) == 20
+    assert min(Image.open(out / "random" / "finetuned" / "test.png").size) > 200
     picture = tmp_path / "mine.png"
     to_pil_image(data.Shapes("test", 64)[0][0]).convert("P").save(picture)
     detect.main(*detect.parse_args(["--detect", str(picture), "--out", str(out)]))
@@ -1042,7 +1055,7 @@ def test_resumed_detection_is_exact_and_repeats_nothing(detected, trained, voc, 
     flags = ["--encoder", trained / "encoder.pt", "random", "--data", voc, *DETECT, "--out", out]
     process = subprocess.Popen(command("detect.py", *flags, "--workers", 0), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not (out.exists() and "random-tiny" in (out / "log.jsonl").read_text()):
+    while process.poll() is None and not (out.exists() and "random/" in (out / "log.jsonl").read_text()):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert "--resume" in process.communicate()[1].splitlines()[-1] and process.returncode == 143
