@@ -396,7 +396,8 @@ def parse_args(argv: list[str] | None = None):
     # Sec. 4.1, the axes of Fig. 3 and 4
     add("--arch", choices=ARCHITECTURES, default="resnet161", help="encoder; tiny implies --tiny")  # paper
     add("--norm", choices=NORMS, default="layer", help="in the encoder")  # paper
-    add("--stem", choices=STEMS, help="7x7: total stride 16; for patches under 32 pixels 3x3/2: 8, 3x3: 4 (default: by --arch)")
+    add("--stem", choices=STEMS,
+        help="7x7: total stride 16; for patches under 32 pixels 3x3/2: 8, 3x3: 4 (default: by --arch)")
     add("--directions", type=int, choices=CPC.TURNS, default=4, help="of prediction")  # paper
     add("--lengths", type=int, nargs="+", default=[2, 3], metavar="K", help="of prediction, rows")  # paper
     add("--color-drop", type=float, default=0.5, help="probability for a patch")  # ours: not stated
@@ -446,8 +447,8 @@ def parse_args(argv: list[str] | None = None):
     if (args.stem or ARCHITECTURES[args.arch][3]) == "7x7" and args.patch < 32:
         parser.error(f"--patch {args.patch} is too small for the 7x7 stem of {args.arch}: pass --stem 3x3")
     parser.check_ranges(args, dict(
-        color_drop=(0, 1), flip=(0, 1), average=(0, 0.9999999), min_area=(0.001, 1), hidden=(1, 1e6), target_dim=(1, 1e6),
-        seed=(0, 2**62), epochs=(1, 1e9), lr=(1e-12, 1e3), warmup=(0, 1e9), clip=(0, 1e9)))
+        color_drop=(0, 1), flip=(0, 1), average=(0, 0.9999999), min_area=(0.001, 1), hidden=(1, 1e6),
+        target_dim=(1, 1e6), seed=(0, 2**62), epochs=(1, 1e9), lr=(1e-12, 1e3), warmup=(0, 1e9), clip=(0, 1e9)))
     return args
 
 

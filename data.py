@@ -283,7 +283,8 @@ class Objects(Dataset):
         except (OSError, SyntaxError, TypeError, ValueError) as error:
             raise SystemExit(f"{path} is not an annotation of VOC 2007: {type(error).__name__} {error}")
         return {"boxes": torch.tensor(corners).view(-1, 4) - torch.tensor([1.0, 1.0, 0.0, 0.0]),
-                "labels": torch.tensor(labels, dtype=torch.int64), "difficult": torch.tensor(difficult, dtype=torch.bool)}
+                "labels": torch.tensor(labels, dtype=torch.int64),
+                "difficult": torch.tensor(difficult, dtype=torch.bool)}
 
 
 def load_objects(data: str, split: str, size: int) -> Objects:
@@ -299,12 +300,12 @@ def load_objects(data: str, split: str, size: int) -> Objects:
         with one_downloads(data):
             voc = datasets.VOCDetection(DOWNLOADS, "2007", which, download=True)
     elif not (folder := Path(data) / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{which}.txt").is_file():
-        raise SystemExit(f"no {folder}: pass --data DIR with VOCdevkit/VOC2007 in it, or --tiny for the embedded data set")
+        raise SystemExit(f"no {folder}: pass --data DIR with VOCdevkit/VOC2007 in it, or --data shapes")
     else:
         voc = datasets.VOCDetection(data, "2007", which)
     missing = [path for path in (*voc.images, *voc.annotations) if not os.path.isfile(path)]
     if missing or not len(voc):
-        raise SystemExit(f"{len(missing)} files of VOC 2007's {which} are missing: {(missing or ['its list is empty'])[0]}")
+        raise SystemExit(f"{len(missing)} files of VOC 2007's {which} are missing: {(missing or ['no image listed'])[0]}")
     classes = FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # VOC's twenty, without the background
     return Objects(voc, classes, [Path(path).stem for path in voc.images])
 

@@ -81,7 +81,8 @@ class Conv5(nn.Module):
         super().__init__()
         # ours: layer norm as in the trunk, since the few regions of a batch resemble each other
         self.blocks = nn.Sequential(*(
-            Bottleneck(channels if n else in_channels, channels, channels // 4, 1 if n else 2, "layer") for n in range(3)))
+            Bottleneck(channels if n else in_channels, channels, channels // 4, 1 if n else 2, "layer")
+            for n in range(3)))
         self.norm, self.bf16 = norm_layer("layer", channels), bf16
 
     def forward(self, regions: Tensor) -> Tensor:
@@ -237,8 +238,9 @@ def fit(args, phase: str, model: FasterRCNN, objects, device: torch.device, run:
         sum(losses.values()).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)  # ours: a batch of bad boxes is survived
         if not norm.isfinite():  # the same on every rank
-            raise SystemExit(f"{key}: gradients are not finite at step {done}, loss {float(sum(losses.values())):.3g}, learning "
-                             f"rate {schedule.get_last_lr()[-1]:.2e}: lower --lr; the last checkpoint is kept")
+            loss, lr = float(sum(losses.values())), schedule.get_last_lr()[-1]
+            raise SystemExit(f"{key}: gradients are not finite at step {done}, loss {loss:.3g}, learning rate {lr:.2e}: "
+                             f"lower --lr; the last checkpoint is kept")
         optimizer.step()
         schedule.step()
         totals += torch.stack([loss.detach() for loss in losses.values()] + [torch.ones((), device=device)])
@@ -292,7 +294,7 @@ def write_voc(folder: Path, detections: list[dict], objects) -> None:
 
 
 def draw(image: Tensor, found: dict, classes: list[str], truth: dict | None = None, score: float = 0.5) -> Tensor:
-    """uint8 [3, H, W], twice or more as large if small: detections red, with class and score, the truth green."""
+    """uint8 [3, H, W], enlarged if small: detections red, with class and score, the truth green."""
     scale = max(1, 256 // min(image.shape[1:]))
     image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     if truth is not None and len(truth["boxes"]):
@@ -352,8 +354,8 @@ def detect_one(args) -> None:
 # ---------------------------------------------------------------------------------------------
 
 # ours: on shapes, minutes on a CPU
-TINY = dict(tiny=True, data="shapes", side=64, proposals=50, regions=16, batch_size=4, epochs=0.12, finetune_epochs=0.06,
-            lr=3e-3, finetune_lr=1e-3)
+TINY = dict(tiny=True, data="shapes", side=64, proposals=50, regions=16, batch_size=4, epochs=0.12,
+            finetune_epochs=0.06, lr=3e-3, finetune_lr=1e-3)
 
 
 def parse_args(argv: list[str] | None = None):
@@ -429,15 +431,15 @@ def main(args, encoders) -> None:
             if phase == "frozen":
                 assert_unchanged(network, before)
             detections = detect_all(args, model, test_set, device, run)
-            result = dict(encoder=encoder.name, arch=encoder.arch, phase=phase, seed=args.seed, seconds=round(time.time() - clock, 1),
-                          **average_precisions(detections, truths, test_set.classes))
+            result = dict(encoder=encoder.name, arch=encoder.arch, phase=phase, seed=args.seed,
+                          seconds=round(time.time() - clock, 1), **average_precisions(detections, truths, test_set.classes))
             run.log("result", **result)
             if run.is_main:
                 write_voc(run.folder / key, detections, test_set)
                 save_picture(run.folder / key / "test.png", test_set, detections)
                 if n == 0:
-                    described = dict(arch=network.arch, norm=getattr(network, "norm", None), stem=getattr(network, "stem", None),
-                                     classes=test_set.classes, sizes=sizes, trained=vars(args))
+                    described = dict(arch=network.arch, norm=getattr(network, "norm", None), sizes=sizes, trained=vars(args),
+                                     stem=getattr(network, "stem", None), classes=test_set.classes)
                     atomic_save({"kind": "detector", "format": FORMAT, **described, "state": model.state_dict()},
                                 run.folder / "model.pt")
             done = state["done"] | {key: result}

@@ -477,8 +477,9 @@ def parse_args(argv: list[str] | None = None):
     add("--subset", metavar="FILE", help="the labelled images by name, one a line, instead of --labels")
     add("--supervised", nargs="*", metavar="ARCH", help="also from pixels (A.4): resnet50, resnet101, resnet152 "
         "(default); from scratch as CPC's encoder: patched, with batch norm, or patched-none")
-    add("--held-out", type=float, default=0.02, help="fraction of the training images, or of those that --subset leaves, "
-        "to stop and select by; 0 for a fixed schedule (default: 0.02, at tiny scale 0.05, linear probe 0)")  # ours
+    add("--held-out", type=float, default=0.02,  # ours
+        help="fraction of the training images, or of those that --subset leaves, to stop and select by; 0 for a "
+        "fixed schedule (default: 0.02, at tiny scale 0.05, linear probe 0)")
     add("--sweep", type=int, default=0, metavar="N", help="recipes tried for each row and fraction")  # A.4
     add("--seeds", type=int, default=1, help="runs, each with its own labels and weights")
     # the recipe: ours, but for A.4's learning rates, and for the linear probe's

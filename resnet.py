@@ -305,12 +305,14 @@ def find_encoders(parser: argparse.ArgumentParser, names: list[str],
         if name in files:
             encoder, file = files[name]
             arch = file["arch"] if len(files) == 1 else f"{file['arch']} {name}"
-            found.append(Representation("cpc", arch, partial(lambda e, seed: copy.deepcopy(e), encoder), file, digest(name)))
+            make = partial(lambda encoder, seed: copy.deepcopy(encoder), encoder)
+            found.append(Representation("cpc", arch, make, file, digest(name)))
         elif name == "random":
             if not files:
                 parser.error("--encoder random takes its architecture from an encoder.pt: name one beside it")
             file = next(iter(files.values()))[1]
-            found.append(Representation(name, file["arch"], fresh(Encoder, file["arch"], file["norm"], file["stem"]), file))
+            make = fresh(Encoder, file["arch"], file["norm"], file["stem"])
+            found.append(Representation(name, file["arch"], make, file))
         else:
             _, model, *weights = name.split(":", 2)
             if model not in models.list_models(models):
@@ -345,8 +347,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 class Parser(argparse.ArgumentParser):
     """argparse with whole flag names, one-line errors, and the flags all scripts share."""
 
-    DATA = ("folder with train/ and val/ (or test/), or any folder of images; or cifar10, stl10, imagenette (downloaded), "
-            "shapes (made)")
+    DATA = ("folder with train/ and val/ (or test/), or any folder of images; or cifar10, stl10, imagenette "
+            "(downloaded), shapes (made)")
 
     def __init__(self, doc: str, out: str, data: str = DATA):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=HelpFormatter)

@@ -870,6 +870,18 @@ def test_one_image_is_learned_and_the_frozen_trunk_is_not_touched(encoder_file, 
     assert detect.average_precisions(detections, [objects.truth(0)], objects.classes)["mAP"] == 100
 
 
+def test_fine_tuning_is_slower_but_for_what_is_fresh(encoder_file, voc, monkeypatch):
+    seen, AdamW = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **rest: seen.append([g["lr"] for g in groups]) or AdamW(groups, **rest))
+    objects = data.load_objects(str(voc), "train", 64)
+    objects.names = objects.names[:1]
+    for flags in ([], ["--phase", "finetuned"]):
+        args, _, model = make_detector(encoder_file, "--epochs", "1", "--finetune-epochs", "1", *flags)
+        for phase in args.phase:
+            detect.fit(args, phase, model, objects, CPU, QUIET, {}, phase)
+    assert seen == [[3e-3], [1e-3, 1e-3], [1e-3, 3e-3]]  # frozen, then; alone: trunk, heads
+
+
 def test_colors_are_dropped_over_the_whole_image():
     """Sec. 2.2: the same two channels everywhere, in about half of the images; never in a test."""
     images = [torch.randint(0, 256, (3, 20 + n % 3, 30), dtype=torch.uint8, generator=generator(n)) for n in range(200)]
