@@ -355,7 +355,7 @@ def detect_one(args) -> None:
 
 # ours: on shapes, minutes on a CPU
 TINY = dict(tiny=True, data="shapes", side=64, proposals=50, regions=16, batch_size=4, epochs=0.12,
-            finetune_epochs=0.06, lr=3e-3, finetune_lr=1e-3)
+            finetune_epochs=0.06, lr=3e-3, finetune_lr=3e-4)
 
 
 def parse_args(argv: list[str] | None = None):
