@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The table of contents of the experiments, in the paper's order.
 #
-#   ./run.sh              tiny scale, end to end, on the embedded data set: two CPU cores, under ten minutes
+#   ./run.sh              tiny scale, end to end, on the embedded data set: two CPU cores, under ten minutes in float32
 #   ./run.sh test         the tests
 #   ./run.sh paper        print the paper's commands;  ./run.sh paper DATA  runs them on 8 GPUs
 #
