@@ -849,7 +849,8 @@ def test_detector_is_faster_rcnn_c4():
 def make_detector(encoder, *flags):
     args, encoders = detect.parse_args(["--encoder", str(encoder), "--workers", "0", "--batch-size", "2", *flags])
     network = encoders[0].make(0)
-    return args, network, seeded(lambda: detect.build_detector(network, 20, args.side, True, 20, 16))
+    model = seeded(lambda: detect.build_detector(network, 20, args.side, True, 20, 16))
+    return args, network, model.to(memory_format=torch.channels_last)
 
 
 QUIET = SimpleNamespace(is_main=False, log=lambda *a, **k: None, save=lambda state: None, stop_signal=lambda: 0)
