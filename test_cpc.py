@@ -858,7 +858,7 @@ QUIET = SimpleNamespace(is_main=False, log=lambda *a, **k: None, save=lambda sta
 
 def test_one_image_is_learned_and_the_frozen_trunk_is_not_touched(encoder_file, voc):
     """Sec. 4.3's two phases, on one image: mAP 100; the first leaves the trunk bit-identical, the second moves it."""
-    args, network, model = make_detector(encoder_file, "--epochs", "40", "--finetune-epochs", "30", "--color-drop", "0",
+    args, network, model = make_detector(encoder_file, "--epochs", "30", "--finetune-epochs", "100", "--color-drop", "0",
                                          "--finetune-lr", "1e-3")
     objects = data.load_objects(str(voc), "train", 64)
     objects.names = objects.names[:1]
