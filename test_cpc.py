@@ -911,6 +911,16 @@ def run(script, *args, processes=0, cwd=None):
                           env=env, timeout=150)
 
 
+def stop(when, script, *args):
+    """Run a command until `when()`, end it by SIGTERM, and see that it says how to go on."""
+    process = subprocess.Popen(command(script, *args), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not when():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert "--resume" in process.communicate()[1].splitlines()[-1] and process.returncode == 143
+
+
 def events(folder, event):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == event]
@@ -1006,12 +1016,7 @@ def test_resumed_evaluation_is_exact_and_repeats_nothing(few_labels, trained, tm
     """Stopped by SIGTERM in a fine-tuning, resumed: the same results, each fit trained once."""
     out = tmp_path / "e"
     flags = ["--encoder", trained / "encoder.pt", *FEW_LABELS, "--out", out]
-    process = subprocess.Popen(command("eval.py", *flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not (out.exists() and "finetuned" in (out / "log.jsonl").read_text()):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert "--resume" in process.communicate()[1].splitlines()[-1] and process.returncode == 143
+    stop(lambda: (out / "log.jsonl").exists() and "finetuned" in (out / "log.jsonl").read_text(), "eval.py", *flags)
     done = run("eval.py", *flags, "--resume")
     assert done.returncode == 0, done.stderr
     fields = lambda out, event, *names: [[e[n] for n in names] for e in events(out, event)]
@@ -1067,12 +1072,7 @@ def test_resumed_detection_is_exact_and_repeats_nothing(detected, trained, voc, 
     """Stopped by SIGTERM in the second encoder's first phase, resumed: the same results."""
     out = tmp_path / "d"
     flags = ["--encoder", trained / "encoder.pt", "random", "--data", voc, *DETECT, "--out", out]
-    process = subprocess.Popen(command("detect.py", *flags, "--workers", 0), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not (out.exists() and "random/" in (out / "log.jsonl").read_text()):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert "--resume" in process.communicate()[1].splitlines()[-1] and process.returncode == 143
+    stop(lambda: (out / "log.jsonl").exists() and "random/" in (out / "log.jsonl").read_text(), "detect.py", *flags, "--workers", 0)
     done = run("detect.py", *flags, "--workers", 0, "--resume")
     assert done.returncode == 0, done.stderr
     for event in ("result", "train"):
@@ -1084,12 +1084,7 @@ def test_resume_is_exact(trained, folder, tmp_path):
     """Stopped by SIGTERM in the middle of an epoch, with another number of workers: the same bits."""
     out = tmp_path / "stopped"
     flags = [*TINY, "--data", folder, "--out", out]
-    process = subprocess.Popen(command("cpc.py", *flags, "--workers", 1), stderr=subprocess.PIPE, text=True,
-                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not (out / "patches.png").exists() and process.poll() is None:
-        time.sleep(0.02)  # written in the first step
-    process.send_signal(signal.SIGTERM)
-    assert "--resume" in process.communicate()[1].splitlines()[-1] and process.returncode == 143
+    stop(lambda: (out / "patches.png").exists(), "cpc.py", *flags, "--workers", 1)  # written in the first step
     assert not (out / "encoder.pt").exists()
     done = run("cpc.py", *flags, "--workers", 0, "--resume")
     assert done.returncode == 0, done.stderr
