@@ -385,6 +385,25 @@ def test_info_nce_against_a_triple_loop(k):
         assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [1, 500, 2**24])
+def test_info_nce_in_chunks_is_the_plain_form(chunk, monkeypatch):
+    """A.2's loss, accuracy and gradients, whatever is computed at a time; a tie is no hit; and no logits are kept."""
+    monkeypatch.setattr(cpc.Contrast, "CHUNK", chunk)
+    labels, kept = torch.randint(120, (97,), generator=generator()), []
+    queries, candidates = (torch.randn(n, 16, generator=generator(n), requires_grad=True) for n in (97, 120))
+    logits = queries @ candidates.T
+    expected = 3 * F.cross_entropy(logits, labels)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss, accuracy = cpc.Contrast.apply(queries, candidates, labels)
+    assert sum(kept) == 16 * (97 + 120)
+    assert 3 * loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert accuracy == (logits.argmax(1) == labels).float().mean()
+    for ours, plain in zip(*(torch.autograd.grad(x, (queries, candidates)) for x in (3 * loss, expected))):
+        assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert cpc.Contrast.apply(queries, torch.zeros(120, 16), labels)[1] == 0  # what a collapsed encoder gets
+
+
 def test_perfect_predictions_lose_nothing():
     targets = 10 * F.normalize(torch.randn(2, 64, 5, 5, generator=generator()), dim=1)
     loss, accuracy = cpc.info_nce(targets.roll(-2, 2), targets, 2)  # row i predicts row i + 2
