@@ -204,18 +204,18 @@ def make_patches(images: Tensor, args, device: torch.device, step: int) -> Tenso
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, patches: Tensor, lr: float, clip: float,
-           bf16: bool) -> tuple[Tensor, Tensor]:
-    """One optimisation step; (loss, contrastive accuracy) of this process, detached."""
+           bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """One optimisation step; this process's loss and contrastive accuracy, detached, and the norm of the
+    gradients, the same on all."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     with torch.autocast(patches.device.type, torch.bfloat16, enabled=bf16):
         loss, accuracy = model(patches)
     optimizer.zero_grad()
     loss.backward()
-    if clip:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
     optimizer.step()
-    return loss.detach(), accuracy
+    return loss.detach(), accuracy, norm
 
 
 def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool) -> None:
@@ -238,25 +238,25 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def save(step: int) -> None:
-        if not all(p.isfinite().all() for p in model.parameters()):  # the same on every rank
-            raise SystemExit(f"weights are no longer finite at step {step}, loss {loss:.3g}, learning rate {lr:.2e}: "
-                             f"lower --lr, or --clip the gradients; nothing was saved since the last checkpoint")
         dist.all_reduce(totals.div_(dist.get_world_size()))  # from now on every rank's are the mean
         run.save({"step": step, "totals": totals, "model": model.state_dict(),
                   "average": average.state_dict(), "optimizer": optimizer.state_dict()})
 
     transform = image_transform(args)
     batches = data.TrainBatches(len(dataset), args.batch_size, args.seed, start, steps)
-    loader = data.make_loader(dataset, transform, batches, device, args.workers)
+    loader = data.load_batches(dataset, transform, batches, device, args.workers)
     model.train()
     bar = tqdm(total=steps, initial=start, disable=not run.is_main, unit="step", mininterval=1)
-    clock, clock_step = time.time(), start
+    clock, clock_step, loss = time.time(), start, chance
     for step, (images, _) in enumerate(loader, start):
         patches = make_patches(images, args, device, step)
         if step == 0 and run.is_main:
             save_patches(patches, run.folder / "patches.png")
         lr = learning_rate(step, steps, args.lr, args.warmup)
-        loss, accuracy = update(ddp, optimizer, patches, lr, args.clip, bf16)
+        before, (loss, accuracy, norm) = loss, update(ddp, optimizer, patches, lr, args.clip, bf16)
+        if not norm.isfinite():  # the same on every rank
+            raise SystemExit(f"gradients are not finite at step {step}, learning rate {lr:.2e}, loss {loss:.3g} after "
+                             f"{before:.3g}: lower --lr, or --clip the gradients; the last checkpoint is kept")
         if args.average:
             average.update_parameters(model.encoder)
         totals += torch.stack((loss, accuracy, torch.ones_like(loss)))
@@ -277,7 +277,7 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
                     accuracy=mean_accuracy, chance_loss=chance, lr=lr, seconds=round(seconds, 3),
                     images_per_second=round((done - clock_step) * args.batch_size / seconds, 1))
             clock, clock_step = time.time(), done
-        elif caught:
+        elif caught or done % args.save_every == 0:
             save(done)
         if caught:
             bar.close()
@@ -322,7 +322,7 @@ def save_retrieval(model: CPC, dataset, args, device: torch.device, path, rows: 
     highest among all patches of 32 training images (not augmented)."""
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:32].tolist()
     transform = data.image_transform("test", args.crop, grey=args.image_aug == "v1")
-    items = data.Seeded(dataset, transform).__getitems__([(i, 0) for i in chosen])
+    items = data.Seeded(dataset, transform, skip=1).__getitems__([(i, 0) for i in chosen])
     images = torch.stack([image for image, _ in items])
     patches = data.to_patches(images, device, args.patch, args.stride)
     G, P, S, k = patches.shape[1], args.patch, args.crop, min(args.lengths)
@@ -361,7 +361,7 @@ def benchmark(args, device: torch.device, dataset, model: CPC, optimizer, bf16: 
     model.train()
     batches = data.TrainBatches(len(dataset), args.batch_size, args.seed, 0, N + 2)
     begin = now()  # the start of the workers included: what they prefetch before is not free
-    for images, _ in data.make_loader(dataset, image_transform(args), batches, device, args.workers):
+    for images, _ in data.load_batches(dataset, image_transform(args), batches, device, args.workers):
         pass  # keeps the last
     loading = (now() - begin) / (N + 2)
     images = images.to(device)
@@ -391,8 +391,7 @@ def benchmark(args, device: torch.device, dataset, model: CPC, optimizer, bf16: 
         optimizer.zero_grad()
         loss.backward()
         clock.append(now())
-        if args.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         optimizer.step()
         clock.append(now())
         parts += torch.tensor(clock).diff() / N
@@ -462,6 +461,7 @@ def parse_args(argv: list[str] | None = None):
     add("--checkpointing", action=BooleanOptionalAction,
         help="recompute activations in the backward pass (default: for 4096 channels on a GPU)")
     add("--compile", action="store_true", help="torch.compile the encoder")
+    add("--save-every", type=int, default=500, metavar="N", help="steps, beside the end of each epoch")
     add("--benchmark", type=int, metavar="N", help="time N steps, train nothing")
 
     early = parser.parse_known_args(argv)[0]
@@ -486,7 +486,8 @@ def parse_args(argv: list[str] | None = None):
         parser.error(f"--patch {args.patch} is too small for the 7x7 stem of {args.arch}: pass --stem 3x3")
     parser.check_ranges(args, dict(
         color_drop=(0, 1), flip=(0, 1), average=(0, 0.9999999), min_area=(0.001, 1), hidden=(1, 1e6),
-        target_dim=(1, 1e6), seed=(0, 2**62), epochs=(1, 1e9), lr=(1e-12, 1e3), warmup=(0, 1e9), clip=(0, 1e9)))
+        target_dim=(1, 1e6), seed=(0, 2**62), epochs=(1, 1e9), lr=(1e-12, 1e3), warmup=(0, 1e9), clip=(0, 1e9),
+        save_every=(1, 1e9)))
     return args
 
 

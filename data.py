@@ -10,12 +10,15 @@ Shapes: B batch, G grid side, P patch side, S image side. Images travel as uint8
 import atexit
 import ctypes
 import math
+import multiprocessing
 import os
 import random
+import signal
+import sys
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 from xml.etree import ElementTree
 
 import torch
@@ -175,6 +178,22 @@ class Shapes(Dataset):
         return self.__getitems__([range(len(self))[index]])[0]
 
 
+class Unreadable(Exception):
+    """An image file that cannot be decoded, or too many of them: one line."""
+
+
+def read_image(path: str) -> Image.Image:
+    """An image file in RGB, whatever its mode; of 16 bits the upper 8, of an animation the first picture; not
+    turned by its EXIF orientation (ours: as torchvision, and all published ImageNet figures)."""
+    try:
+        image = Image.open(path)
+        if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to white
+            image = image.convert("I").point(lambda value: value / 256).convert("L")
+        return image.convert("RGB")
+    except Exception as error:  # decoders have no common base class; a decompression bomb is one of these
+        raise Unreadable(f"{path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
+
+
 class ImageFiles(Dataset):
     """Every image file below a folder, whatever the folders in it are called: enough for Sec. 2.1,
     where no label is used. item: (PIL image, 0)."""
@@ -191,7 +210,7 @@ class ImageFiles(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return datasets.folder.default_loader(self.files[index]), 0
+        return read_image(self.files[index]), 0
 
 
 DOWNLOADS = Path("datasets")  # where torchvision keeps what it downloads
@@ -211,6 +230,19 @@ def one_downloads(data: str):
         dist.barrier()
 
 
+def from_first(make: Callable):
+    """What `make` returns or exits with on the first process, on all: of a shared file system, each of many
+    ranks would ask the same (ours, measured: a copy of ImageNet's 1.28 million paths takes a second)."""
+    try:
+        box = [make() if dist.get_rank() == 0 else None]
+    except SystemExit as error:
+        box = [error]
+    dist.broadcast_object_list(box)
+    if isinstance(box[0], SystemExit):
+        raise box[0] if dist.get_rank() == 0 else SystemExit(1)
+    return box[0]
+
+
 def load_dataset(data: str, split: str, size: int) -> Dataset:
     """The images of `data`. split: "pretrain" (no labels needed), "train" or "test", both of
     (image, class) and with `.classes`; size: of the images that are made, not read (pixels).
@@ -227,17 +259,21 @@ def load_dataset(data: str, split: str, size: int) -> Dataset:
                 return datasets.STL10(DOWNLOADS, {"pretrain": "unlabeled"}.get(split, split), download=True)
             datasets.Imagenette(DOWNLOADS, download=True)
             return datasets.ImageFolder(DOWNLOADS / "imagenette2" / ("train" if train else "val"))
-    root = Path(data)
+    return from_first(lambda: list_folder(Path(data), split))
+
+
+def list_folder(root: Path, split: str) -> Dataset:
+    """`load_dataset` of the user's own images."""
     if not root.is_dir():
-        raise SystemExit(f"no folder {data}: pass --data DIR, or --tiny for the embedded data set")
+        raise SystemExit(f"no folder {root}: pass --data DIR, or --tiny for the embedded data set")
     if split == "pretrain":
         return ImageFiles(root / "train" if (root / "train").is_dir() else root)
-    names = ("train",) if train else ("val", "test")
+    names = ("train",) if split == "train" else ("val", "test")
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
-        raise SystemExit(f"no {'/ or '.join(names)}/ under {data}: pass --data DIR with class folders in it")
+        raise SystemExit(f"no {'/ or '.join(names)}/ under {root}: pass --data DIR with class folders in it")
     try:
-        return datasets.ImageFolder(folder)
+        return datasets.ImageFolder(folder, loader=read_image)
     except FileNotFoundError:
         raise SystemExit(f"no class folders with images under {folder}: labels are needed here")
 
@@ -262,7 +298,8 @@ class Objects(Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, dict]:
-        image, truth = self.source[index][0], self.truth(index)
+        shapes, truth = isinstance(self.source, Shapes), self.truth(index)
+        image = self.source[index][0] if shapes else read_image(self.source.images[index])
         boxes = tv_tensors.BoundingBoxes(truth["boxes"], format="XYXY", canvas_size=v2.functional.get_size(image))
         return image, truth | {"boxes": boxes}
 
@@ -298,11 +335,16 @@ def load_objects(data: str, split: str, size: int) -> Objects:
     which = "trainval" if split == "train" else "test"
     if data == "voc2007":
         with one_downloads(data):
-            voc = datasets.VOCDetection(DOWNLOADS, "2007", which, download=True)
-    elif not (folder := Path(data) / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{which}.txt").is_file():
-        raise SystemExit(f"no {folder}: pass --data DIR with VOCdevkit/VOC2007 in it, or --data shapes")
-    else:
-        voc = datasets.VOCDetection(data, "2007", which)
+            datasets.VOCDetection(DOWNLOADS, "2007", which, download=True)
+        data = DOWNLOADS
+    return from_first(lambda: read_voc(Path(data), which))
+
+
+def read_voc(root: Path, which: str) -> Objects:
+    """VOC 2007's list `which` and all its annotations."""
+    if not (path := root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{which}.txt").is_file():
+        raise SystemExit(f"no {path}: pass --data DIR with VOCdevkit/VOC2007 in it, or --data shapes")
+    voc = datasets.VOCDetection(root, "2007", which)
     missing = [path for path in (*voc.images, *voc.annotations) if not os.path.isfile(path)]
     if missing or not len(voc):
         raise SystemExit(f"{len(missing)} files of VOC 2007's {which} are missing: {(missing or ['no image listed'])[0]}")
@@ -417,15 +459,37 @@ def image_transform(kind: str, crop: int, min_area: float = 0.08, distort: bool 
 
 class Seeded(Dataset):
     """`dataset` behind `transform`, each item augmented under its own seed: which worker makes it,
-    or in what order, changes nothing. key: (index, seed)."""
+    or in what order, changes nothing. key: (index, seed).
 
-    def __init__(self, dataset: Dataset, transform: v2.Transform):
-        self.dataset, self.transform = dataset, transform
+    skip: the share of images that may be unreadable, each replaced by the next and named on stderr."""
+
+    def __init__(self, dataset: Dataset, transform: v2.Transform, skip: float = 0.0):
+        self.dataset, self.transform, self.skip = dataset, transform, skip
+        self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # counted by all workers
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
         indices = [index for index, _ in keys]
-        many = getattr(self.dataset, "__getitems__", lambda indices: map(self.dataset.__getitem__, indices))
-        return [self._augment(item, seed) for item, (_, seed) in zip(many(indices), keys)]
+        many = getattr(self.dataset, "__getitems__", lambda indices: [self.dataset[i] for i in indices])
+        try:
+            items = many(indices)
+        except Unreadable:
+            items = [self._readable(index) for index in indices]
+        return [self._augment(item, seed) for item, (_, seed) in zip(items, keys)]
+
+    def _readable(self, index: int) -> tuple:
+        """The item, or the first after it that can be read."""
+        while True:
+            try:
+                return self.dataset[index]
+            except Unreadable as error:
+                new = not self.unreadable[index]
+                self.unreadable[index] = True
+                count, all = int(self.unreadable.sum()), len(self.dataset)
+                if count > self.skip * all:
+                    raise Unreadable(f"{error}" + f" ({count} of {all} images, more than 1 %)" * (self.skip > 0))
+                if new:
+                    print(f"skipped: {error} ({count} of {all} images)", file=sys.stderr, flush=True)
+                index = (index + 1) % all
 
     def _augment(self, item: tuple, seed: int) -> tuple[Tensor, int]:
         with torch.random.fork_rng(devices=[]):
@@ -470,15 +534,36 @@ class TestBatches(Sampler):
             yield [(i, 0) for i in self.mine[start:start + self.batch]]
 
 
-def make_loader(dataset: Dataset, transform: v2.Transform, batches: Sampler, device: torch.device,
-                workers: int | None = None, collate: Callable | None = None) -> DataLoader:
+def ignore_signals(worker: int) -> None:
+    """A signal to all processes of a job is for the main ones, which save and end their workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """Python's own way would be SIGTERM, and to wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their end is no failure
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def load_batches(dataset: Dataset, transform: v2.Transform, batches: Sampler, device: torch.device,
+                 workers: int | None = None, collate: Callable | None = None) -> Iterator:
     """Batches of (images uint8 [B, 3, S, S], labels int64 [B]), or as `collate` makes them. workers:
-    None leaves one core of this rank's share for the training step itself; 0 loads in the process."""
+    None leaves one core of this rank's share for the training step itself; 0 loads in the process.
+
+    Exits with one line on an image that cannot be read, in training when more than 1 % cannot."""
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
-    return DataLoader(Seeded(dataset, transform), batch_sampler=batches, num_workers=max(0, workers), collate_fn=collate,
-                      pin_memory=device.type == "cuda", prefetch_factor=4 if workers > 0 else None)
+    seeded = Seeded(dataset, transform, skip=0.01 if isinstance(batches, TrainBatches) else 0.0)
+    try:
+        yield from DataLoader(seeded, batch_sampler=batches, num_workers=max(0, workers), collate_fn=collate,
+                              pin_memory=device.type == "cuda", prefetch_factor=4 if workers > 0 else None,
+                              worker_init_fn=ignore_signals)
+    except Unreadable as error:  # a worker's has its traceback in front
+        raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("data.Unreadable: "))
 
 
 # ---------------------------------------------------------------------------------------------

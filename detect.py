@@ -227,7 +227,7 @@ def fit(args, phase: str, model: FasterRCNN, objects, device: torch.device, run:
     ddp = DistributedDataParallel(model)
     stops = {math.ceil(steps * n / 10) for n in range(1, 11)}  # where a line is logged and the state saved
     batches = data.TrainBatches(len(objects), batch, args.seed, start, steps)
-    loader = data.make_loader(objects, data.objects_transform(train=True), batches, device, args.workers, pairs)
+    loader = data.load_batches(objects, data.objects_transform(train=True), batches, device, args.workers, pairs)
     bar = tqdm(loader, desc=key, initial=start, total=steps, disable=not run.is_main, mininterval=1)
     model.train()
     for done, (images, truths) in enumerate(bar, start + 1):
@@ -266,9 +266,10 @@ def detect_all(args, model: FasterRCNN, objects, device: torch.device, run: Run)
     """Every image's detections, from all processes, each image once: boxes in its own pixels."""
     model.eval()
     batches, world = data.TestBatches(len(objects), 1), dist.get_world_size()
-    loader = data.make_loader(objects, data.objects_transform(train=False), batches, device, args.workers, pairs)
+    loader = data.load_batches(objects, data.objects_transform(train=False), batches, device, args.workers, pairs)
     found = []
-    for n, (images, _) in enumerate(tqdm(loader, desc="test", disable=not run.is_main, mininterval=1)):
+    bar = tqdm(loader, desc="test", total=len(batches), disable=not run.is_main, mininterval=1)
+    for n, (images, _) in enumerate(bar):
         found += [{k: v.cpu() for k, v in one.items()} for one in model(prepare(images, device))]
         if n % 20 == 0 and n < len(objects) // world and (caught := run.stop_signal()):
             run.leave(caught)  # `fit` has saved all there is

@@ -187,11 +187,11 @@ class Task:
 class Bench:
     """How images reach a row's classifier: what its training and testing share."""
 
-    CACHE = 4 << 30  # ours: bytes of latents a process keeps
+    CACHE = 4 << 30  # ours: bytes of a set's images, and of its latents, that a process keeps
 
     def __init__(self, args, source: Source, device: torch.device, bf16: bool):
         self.args, self.source, self.device, self.bf16 = args, source, device, bf16
-        self.caches = {}  # name of a set of images -> its latents and labels
+        self.caches = {}  # what is kept of a set of images: see `cached`
         kind, self.augmentation, trained = "inception", {}, source.trained
         if args.head == "linear" and trained:
             # Sec. 2.2: "the same data-augmentation as in the unsupervised learning phase"
@@ -210,30 +210,39 @@ class Bench:
     def train_batches(self, images, batch: int, seed: int, start: int, stop: int):
         """(inputs, labels) of steps start to stop, augmented."""
         batches = data.TrainBatches(len(images), batch, seed, start, stop)
-        loader = data.make_loader(images, self.train_transform, batches, self.device, self.args.workers)
+        loader = data.load_batches(images, self.train_transform, batches, self.device, self.args.workers)
         for step, (x, y) in enumerate(loader, start):
             patch_seed = data.derive_seed(seed, "patches", step, dist.get_rank())
             yield self.source.inputs(x, self.device, patch_seed, **self.augmentation), y.to(self.device)
 
-    @torch.no_grad()
-    def latents(self, model: Classifier, images, cache: str):
-        """(latents, labels) of all images, this process's share, without augmentation. A frozen
-        encoder computes them once, if they fit: there is nothing random about them."""
-        if model.frozen and cache in self.caches:
-            for z, y in self.caches[cache]:
-                yield z.to(self.device), y.to(self.device)
+    def cached(self, name: str, pairs):
+        """Pairs of tensors, from `pairs` the first time and then from memory, if they fit."""
+        if name in self.caches:
+            yield from self.caches[name]
             return
-        batches = data.TestBatches(len(images), max(1, self.args.batch_size // dist.get_world_size()))
         kept, size = [], 0
-        for x, y in data.make_loader(images, self.test_transform, batches, self.device, self.args.workers):
-            with self.autocast():
-                z = model.latents(self.source.inputs(x, self.device))
-            size += z.nbytes
-            if model.frozen and size <= self.CACHE:
-                kept.append((z.cpu(), y))
-            yield z, y.to(self.device)
-        if model.frozen and size <= self.CACHE:
-            self.caches[cache] = kept
+        for pair in pairs:
+            size += pair[0].nbytes
+            if size <= self.CACHE:
+                kept.append(tuple(x.cpu() for x in pair))
+            yield pair
+        if size <= self.CACHE:
+            self.caches[name] = kept
+
+    @torch.no_grad()
+    def latents(self, model: Classifier, images, name: str):
+        """(latents, labels) of all images, this process's share, without augmentation: nothing is random
+        about them, so that images are read once, and a frozen encoder sees them once."""
+        batches = data.TestBatches(len(images), max(1, self.args.batch_size // dist.get_world_size()))
+        loader = data.load_batches(images, self.test_transform, batches, self.device, self.args.workers)
+
+        def encode():
+            for x, y in self.cached(f"{name} images", loader):
+                with self.autocast():
+                    yield model.latents(self.source.inputs(x, self.device)), y
+
+        for z, y in self.cached(f"{name} latents", encode()) if model.frozen else encode():
+            yield z.to(self.device), y.to(self.device)
 
     @torch.no_grad()
     def accuracy(self, model: Classifier, images, cache: str) -> tuple[float, float]:
@@ -373,9 +382,9 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
             if key in state["solution"]:  # where the next stage starts
                 model.head.load_state_dict(state["solution"][key])
             continue
-        before, clock = {k: v.clone() for k, v in model.encoder.state_dict().items()}, time.time()
+        before, clock, start_top1 = {k: v.clone() for k, v in model.encoder.state_dict().items()}, time.time(), held_top1
         try:
-            held_top1 = fit(bench, model, task, recipe, stage, key, run, state, held_top1)
+            held_top1 = fit(bench, model, task, recipe, stage, key, run, state, start_top1)
         except FloatingPointError as error:
             if not trial:
                 raise SystemExit(str(error))
@@ -386,7 +395,10 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
         if trial:
             run.log("trial", fit=key, **done)
         else:
-            top1, top5 = bench.accuracy(model, task.test, "test")
+            if start_top1 is not None and held_top1 == start_top1:  # still the fixed solution, which has been tested
+                top1, top5 = (state["done"][key.replace("/finetuned/", "/frozen/")][k] for k in ("top1", "top5"))
+            else:
+                top1, top5 = bench.accuracy(model, task.test, "test")
             done |= dict(encoder=source.name, arch=source.arch, head="linear" if source.supervised else args.head,
                          finetuned=not model.frozen, labels=task.labels, labelled_images=len(task.train),
                          held_out_images=len(task.held_out), seed=task.seed, top1=round(top1, 3), top5=round(top5, 3))

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,11 +99,13 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=bias)
         self.project = None
         if stride != 1 or in_channels != out_channels:
-            self.project = nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias)
+            self.project = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.norm1(x))
-        shortcut = x if self.project is None else self.project(h)
+        shortcut = x
+        if self.project is not None:  # where the 3x3 has a stride, on every other position
+            shortcut = self.project(F.avg_pool2d(h, 1, 2) if self.conv2.stride == (2, 2) else h)
         h = self.conv1(h)
         h = self.conv2(F.relu(self.norm2(h)))
         return shortcut + self.conv3(F.relu(self.norm3(h)))
@@ -180,14 +183,17 @@ class Encoder(nn.Module):
 FORMAT = 1  # of every file written here; raised when an old reader would misread a new file
 
 
-def atomic_save(obj: dict, path: Path) -> None:
-    """torch.save that a crash or a full disk cannot turn into half a file: write, fsync, rename."""
+def atomic_save(obj: dict, path: Path, before: Path | None = None) -> None:
+    """torch.save that a crash or a full disk cannot turn into half a file: write, fsync, rename.
+    before: where the file that it replaces is kept."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
             torch.save(obj, file)
             file.flush()
             os.fsync(file.fileno())
+        if before and path.exists():
+            os.replace(path, before)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
@@ -399,58 +405,74 @@ def git_commit() -> str | None:
 
 
 class Run:
-    """What a run leaves on disk: `log.jsonl`, `checkpoint.pt`, pictures, all below `--out`.
+    """What a run leaves on disk: `log.jsonl`, `checkpoint.pt` and the one before, pictures, all below `--out`.
 
     Refuses a folder that another run has used or is using, unless it resumes that very run: the
-    arguments must be the same, but for where and how it runs. SIGTERM and SIGINT are caught, for
-    `stop_signal` to pick up between two steps; a second one ends the process at once.
+    arguments must be the same, but for where and how it runs. What `torchrun --max-restarts` starts
+    again resumes by itself. SIGTERM and SIGINT are caught, for `stop_signal` to pick up between two
+    steps; a second one ends the process at once.
     """
 
-    ELSEWHERE = {"out", "resume", "workers", "checkpointing", "compile", "benchmark"}  # where and how
+    ELSEWHERE = {"out", "resume", "workers", "checkpointing", "compile", "benchmark", "save_every"}  # where and how
+    BEFORE = "checkpoint-before.pt"
 
     def __init__(self, args: argparse.Namespace, **facts):
         """facts: what else must be the same for a run to be continued (its images, its encoder)."""
         self.folder, self.signal = Path(args.out), 0
         self.args, self.facts = dict(vars(args)), facts
         self.is_main = dist.get_rank() == 0
-        verdict = [self._open(args.resume) if self.is_main else None]
+        self.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        verdict = [self._open() if self.is_main else None]
         dist.broadcast_object_list(verdict)  # rank 0 decides, so that all ranks leave together
         if verdict[0]:
             raise SystemExit(verdict[0] if self.is_main else 1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
-    def _open(self, resume: bool) -> str | None:
+    def _open(self) -> str | None:
         """Take the folder; what is wrong with it, or None."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / "log.jsonl", "a")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.file = open(self.folder / "log.jsonl", "a+")
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a data loader's processes do not share it
         except BlockingIOError:
             return f"another run is writing to {self.folder}: pass another --out"
         except OSError as error:
             return f"cannot use --out {self.folder}: {error.strerror}"
-        if self.file.tell() and not resume:
+        if self.file.tell() and not (self.args["resume"] or self.resume and self._ours()):
             return f"{self.folder} holds a run: pass --resume to continue it, or another --out"
         return None
+
+    def _ours(self) -> bool:
+        """Whether the torchrun that runs this process has also run the last one in the folder."""
+        self.file.seek(0)
+        return re.findall(r'"launcher": (\d+)', self.file.read())[-1:] == [str(os.getppid())]
 
     def log(self, event: str, **fields) -> None:
         """Append one JSON line, on rank 0."""
         if self.is_main:
-            print(json.dumps({"event": event, **fields}), file=self.file, flush=True)
+            try:
+                print(json.dumps({"event": event, **fields}), file=self.file, flush=True)
+            except OSError as error:
+                raise SystemExit(f"cannot write {self.folder}/log.jsonl: {error.strerror}")
 
     def start(self, **fields) -> dict | None:
         """The checkpoint to continue from when resuming, else None; logs the first line."""
         path, state = self.folder / "checkpoint.pt", None
-        if self.args["resume"] and path.exists():
-            saved = load_file(path, "checkpoint")
+        if not path.exists():  # killed while one replaced the other
+            path = self.folder / self.BEFORE
+        if self.resume and path.exists():
+            try:
+                saved = load_file(path, "checkpoint")
+            except SystemExit as error:
+                raise SystemExit(f"{error}; {self.BEFORE} beside it is the one before: rename it to go on from there")
             for key, now in self._identity().items():
                 if saved["args"].get(key) != now:
                     raise SystemExit(f"{path} was made with {key.replace('_', '-')} {saved['args'].get(key)}, "
                                      f"not {now}: use the same, or another --out")
             state = saved["state"]
-        self.log("start", args=self.args, **self.facts, **fields, resumed=state is not None, commit=git_commit(),
-                 python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__,
+        self.log("start", args=self.args, **self.facts, **fields, resumed=state is not None, launcher=os.getppid(),
+                 commit=git_commit(), python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__,
                  world_size=dist.get_world_size(), time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         return state
 
@@ -463,7 +485,7 @@ class Run:
         """Replace the checkpoint, on rank 0. state: tensors and plain values."""
         if self.is_main:
             atomic_save({"kind": "checkpoint", "format": FORMAT, "args": self._identity(), "state": state},
-                        self.folder / "checkpoint.pt")
+                        self.folder / "checkpoint.pt", self.folder / self.BEFORE)
 
     def _on_signal(self, number, frame) -> None:
         if self.signal:

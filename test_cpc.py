@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from torchvision import models
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 import cpc
 import data
@@ -219,7 +220,7 @@ def test_flips_each_patch_on_its_own():
 
 def epoch_of(workers, seed=0, start=0):
     batches = data.TrainBatches(40, 8, seed, start, 10)  # two epochs of 5 steps
-    loader = data.make_loader(data.Shapes("train"), data.image_transform("inception", 32), batches, CPU, workers)
+    loader = data.load_batches(data.Shapes("train"), data.image_transform("inception", 32), batches, CPU, workers)
     return [images for images, _ in loader]
 
 
@@ -317,6 +318,48 @@ def test_folders(folder, tmp_path):
                                       (str(tmp_path), "train", "no train/ under")]:
         with pytest.raises(SystemExit, match=message):
             data.load_dataset(data_flag, split, 32)
+
+
+def test_any_image_file_becomes_rgb(tmp_path, monkeypatch):
+    """Whatever folders hold: 16 bits keep their upper 8, an animation its first picture; a bomb is refused."""
+    ramp = torch.linspace(0, 1, 64).view(8, 8)
+    for mode, suffix in (("CMYK", "jpg"), ("P", "png"), ("LA", "png"), ("1", "bmp"), ("RGBA", "webp")):
+        to_pil_image(ramp.expand(3, 8, 8)).convert(mode).save(tmp_path / f"{mode}.{suffix}")
+    Image.frombytes("I;16", (8, 8), array("H", (65535 * ramp.flatten()).int().tolist()).tobytes()).save(tmp_path / "16.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "one pixel.png")
+    Image.new("RGB", (12_000, 3)).save(tmp_path / "\u957f.png")
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    red.save(tmp_path / "animated.webp", save_all=True, append_images=[blue], lossless=True)
+    files = data.ImageFiles(tmp_path)
+    assert len(files) == 9
+    transforms = [data.image_transform(kind, 32, distort=True) for kind in ("inception", "v1", "test")]
+    for i in range(9):
+        image, _ = files[i]
+        assert image.mode == "RGB" and all(t(image).shape == (3, 32, 32) for t in transforms)
+    read = lambda name: pil_to_tensor(data.read_image(tmp_path / name)).float()
+    assert read("16.png").mean() == pytest.approx(127, abs=1) and read("animated.webp")[0].mean() > 250
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)
+    with pytest.raises(data.Unreadable, match="16.png cannot be read: .*decompression bomb"):
+        read("16.png")
+
+
+def test_unreadable_images_are_named_and_skipped_while_they_are_few(tmp_path, capfd):
+    (tmp_path / "train").mkdir()
+    for i in range(120):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "train" / f"{i:03d}.png")
+    images, transform = data.load_dataset(str(tmp_path), "pretrain", 8), data.image_transform("test", 8)
+    load = lambda batches, workers=1: torch.cat([x for x, _ in data.load_batches(images, transform, batches, CPU, workers)])
+    reds = lambda x: sorted(x[:, 0, 0, 0].tolist())
+    (tmp_path / "train" / "007.png").write_bytes((tmp_path / "train" / "006.png").read_bytes()[:45])  # truncated
+    assert reds(load(data.TrainBatches(120, 40, 0, 0, 6))) == sorted(2 * [8 if i == 7 else i for i in range(120)])
+    skipped = capfd.readouterr().err.splitlines()
+    assert len(skipped) == 1 and "007.png cannot be read" in skipped[0] and "(1 of 120 images)" in skipped[0]
+    for workers in (0, 1):
+        with pytest.raises(SystemExit, match="^/.*007.png cannot be read: [^\n]*$"):  # never left out of a test set
+            load(data.TestBatches(120, 40), workers)
+    (tmp_path / "train" / "090.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"^/.*cannot be read: .* \(2 of 120 images, more than 1 %\)$"):
+        load(data.TrainBatches(120, 40, 0, 0, 3))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -426,7 +469,7 @@ def test_one_batch_can_be_learned():
     images = torch.stack([x for x, _ in data.Shapes("train").__getitems__(list(range(4)))])
     patches = data.to_patches(images, CPU, 8, 6)
     for _ in range(80):
-        loss, accuracy = cpc.update(model, optimizer, patches, 2e-3, 1.0, bf16=False)
+        loss, accuracy, _ = cpc.update(model, optimizer, patches, 2e-3, 1.0, bf16=False)
     assert loss < 0.25 * math.log(100) and accuracy > 0.8
 
 
@@ -615,15 +658,18 @@ def test_early_stopping_restores_the_best_state(encoder_file, monkeypatch):
     assert not torch.equal(states[10]["conv.weight"], states[9]["conv.weight"])
 
 
-def test_cached_latents_change_nothing(encoder_file):
+def test_what_is_cached_changes_nothing(encoder_file, monkeypatch):
     bench = make_bench(encoder_file, "--labels", "0.1")
     model = evaluation.Classifier(bench.source.make(0), evaluation.resnet_head(256, 10, 0, 256, 64), frozen=True)
     images = Subset(data.Shapes("test"), range(30))
     first = bench.accuracy(model, images, "test")
-    assert len(bench.caches["test"]) == 4 and bench.accuracy(model, images, "test") == first
-    model.frozen = False  # fine-tuned: never from the cache
+    monkeypatch.delattr(data.Shapes, "__getitems__")  # images are read once
+    assert len(bench.caches["test latents"]) == 4 and bench.accuracy(model, images, "test") == first
+    model.frozen = False  # fine-tuned: latents are made anew
+    latents = lambda: [z for z, _ in bench.latents(model, images, "test")]
+    assert all(torch.equal(z, c) for z, (c, _) in zip(latents(), bench.caches["test latents"], strict=True))
     model.encoder.conv1.weight.data.zero_()
-    assert not any(torch.equal(z, c) for (z, _), (c, _) in zip(bench.latents(model, images, "test"), bench.caches["test"]))
+    assert not any(torch.equal(z, c) for z, (c, _) in zip(latents(), bench.caches["test latents"]))
 
 
 def test_linear_trains_as_pretraining_saw_and_efficient_with_inception(encoder_file):
@@ -930,14 +976,16 @@ def run(script, *args, processes=0, cwd=None):
                           env=env, timeout=150)
 
 
-def stop(when, script, *args):
-    """Run a command until `when()`, end it by SIGTERM, and see that it says how to go on."""
+def stop(when, script, *args, number=signal.SIGTERM):
+    """Run a command until `when()`, then send all its processes a signal; after SIGTERM it says how to go on."""
     process = subprocess.Popen(command(script, *args), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
     while process.poll() is None and not when():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert "--resume" in process.communicate()[1].splitlines()[-1] and process.returncode == 143
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    lines = process.communicate()[1].splitlines()
+    if number == signal.SIGTERM:
+        assert "--resume" in lines[-1] and "Traceback" not in "".join(lines) and process.returncode == 143, lines
 
 
 def events(folder, event):
@@ -1111,6 +1159,35 @@ def test_resume_is_exact(trained, folder, tmp_path):
     for part in ("model", "optimizer", "average"):
         a, b = (json.dumps(s[part], default=lambda t: t.tolist()) for s in saved)
         assert a == b, part
+
+
+def test_what_a_run_may_continue(tmp_path, monkeypatch):
+    """The last good checkpoint and the one before; only the same run; a restarted one without --resume."""
+    def start(**flags):
+        run = resnet.Run(SimpleNamespace(**{"out": str(tmp_path / "run"), "resume": False, "seed": 0} | flags))
+        return run, run.start()
+
+    run, state = start()
+    assert state is None
+    run.save({"step": 1})
+    run.save({"step": 2})
+    assert start(resume=True)[1] == {"step": 2}
+    with pytest.raises(SystemExit, match="was made with seed 0, not 1"):
+        start(resume=True, seed=1)
+    with pytest.raises(SystemExit, match="holds a run"):
+        start(seed=0)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun --max-restarts
+    assert start(seed=0)[1] == {"step": 2}
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # another torchrun's
+    with pytest.raises(SystemExit, match="holds a run"):
+        start(seed=0)
+    last = tmp_path / "run" / "checkpoint.pt"
+    for content in (last.read_bytes()[:-100], b"", b"PK not a checkpoint"):
+        last.write_bytes(content)
+        with pytest.raises(SystemExit, match="damaged or not ours .*checkpoint-before.pt beside it is the one before"):
+            start(resume=True)
+    last.unlink()  # killed between two renames
+    assert start(resume=True)[1] == {"step": 1}
 
 
 def test_two_processes(folder, voc, tmp_path):
