@@ -32,7 +32,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data
-from resnet import ARCHITECTURES, NORMS, STEMS, Encoder, Parser, Run, learning_rate, save_encoder
+from resnet import ARCHITECTURES, NORMS, STEMS, Encoder, Parser, Run, learning_rate, one_line, save_encoder
 
 # ---------------------------------------------------------------------------------------------
 # The model and its loss
@@ -521,4 +521,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    one_line(main, parse_args())

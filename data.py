@@ -194,6 +194,13 @@ def read_image(path: str) -> Image.Image:
         raise Unreadable(f"{path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
 
 
+def refuse_loops(root: Path, files: list[str]) -> None:
+    """Exit with one line if a folder is reached in two ways: its images would count twice."""
+    folders = {os.path.dirname(file) for file in files}
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+        raise SystemExit(f"symbolic links under {root} lead to a folder twice, or in a circle: remove them")
+
+
 class ImageFiles(Dataset):
     """Every image file below a folder, whatever the folders in it are called: enough for Sec. 2.1,
     where no label is used. item: (PIL image, 0)."""
@@ -205,6 +212,7 @@ class ImageFiles(Dataset):
             if name.lower().endswith(datasets.folder.IMG_EXTENSIONS))
         if not self.files:
             raise SystemExit(f"no image files under {root}: pass --data DIR")
+        refuse_loops(root, self.files)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -273,9 +281,12 @@ def list_folder(root: Path, split: str) -> Dataset:
     if folder is None:
         raise SystemExit(f"no {'/ or '.join(names)}/ under {root}: pass --data DIR with class folders in it")
     try:
-        return datasets.ImageFolder(folder, loader=read_image)
-    except FileNotFoundError:
-        raise SystemExit(f"no class folders with images under {folder}: labels are needed here")
+        images = datasets.ImageFolder(folder, loader=read_image)
+    except FileNotFoundError as error:  # torchvision names the classes
+        raise SystemExit(f"labels are needed here, a folder of images for each class under {folder}: "
+                         f"{str(error).split('. Supported')[0]}")
+    refuse_loops(folder, [path for path, _ in images.samples])
+    return images
 
 
 # ---------------------------------------------------------------------------------------------

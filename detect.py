@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import data
 from resnet import (FORMAT, Bottleneck, Encoder, LayerNorm, Parser, Run, TorchvisionGrid, assert_unchanged, atomic_save,
-                    find_encoders, learning_rate, load_file, norm_layer)
+                    find_encoders, learning_rate, load_file, norm_layer, one_line)
 
 LAYERS = ("layer3",)  # torchvision's conv4: ResNets
 
@@ -453,4 +453,4 @@ def main(args, encoders) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse_args())
+    one_line(main, *parse_args())

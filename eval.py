@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import data
 from resnet import (ARCHITECTURES, STEMS, Bottleneck, Encoder, Parser, Representation, Run, assert_unchanged,
-                    find_encoders, fresh, learning_rate)
+                    find_encoders, fresh, learning_rate, one_line)
 
 # ---------------------------------------------------------------------------------------------
 # Classifiers h_psi: latents [B, D, G, G] -> logits [B, classes]
@@ -580,6 +580,8 @@ def main(args, encoders) -> None:
     train_set, test_set = (data.load_dataset(args.data, split, args.crop) for split in ("train", "test"))
     if train_set.classes != test_set.classes:
         raise SystemExit(f"{args.data}: the training and test folders hold different classes")
+    if len(train_set.classes) < 2:
+        raise SystemExit(f"{args.data} holds one class: there is nothing to tell apart")
     tasks = {seed: make_tasks(args, train_set, test_set, seed) for seed in range(args.seed, args.seed + args.seeds)}
     if args.held_out and not all(len(task.held_out) for task in sum(tasks.values(), [])):
         raise SystemExit(f"--held-out {args.held_out} of {len(train_set)} images in {len(train_set.classes)} classes "
@@ -612,4 +614,4 @@ def main(args, encoders) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse_args())
+    one_line(main, *parse_args())

@@ -197,7 +197,7 @@ def atomic_save(obj: dict, path: Path, before: Path | None = None) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
-        raise SystemExit(f"cannot write {path}: {str(error).splitlines()[0]}")
+        raise SystemExit(f"cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'}; what was there is kept")
 
 
 def load_file(path: Path, kind: str) -> dict:
@@ -394,6 +394,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def one_line(main: Callable, *args) -> None:
+    """Run a script; what the system refuses (a full disk, no memory) ends it with one line."""
+    try:
+        main(*args)
+    except OSError as error:
+        raise SystemExit(f"{error.strerror or error}{f': {error.filename}' * bool(error.filename)}")
+    except torch.OutOfMemoryError:
+        raise SystemExit("the GPU's memory is full: lower --batch-size, or use more GPUs")
+
+
 def git_commit() -> str | None:
     """The commit of this code, if it is in a git checkout."""
     try:
@@ -408,9 +418,9 @@ class Run:
     """What a run leaves on disk: `log.jsonl`, `checkpoint.pt` and the one before, pictures, all below `--out`.
 
     Refuses a folder that another run has used or is using, unless it resumes that very run: the
-    arguments must be the same, but for where and how it runs. What `torchrun --max-restarts` starts
-    again resumes by itself. SIGTERM and SIGINT are caught, for `stop_signal` to pick up between two
-    steps; a second one ends the process at once.
+    arguments must be the same, but for where and how it runs. What one torchrun starts again (a process
+    has died, a node has come or gone) resumes by itself. SIGTERM and SIGINT are caught, for
+    `stop_signal` to pick up between two steps; a second one ends the process at once.
     """
 
     ELSEWHERE = {"out", "resume", "workers", "checkpointing", "compile", "benchmark", "save_every"}  # where and how
@@ -421,32 +431,33 @@ class Run:
         self.folder, self.signal = Path(args.out), 0
         self.args, self.facts = dict(vars(args)), facts
         self.is_main = dist.get_rank() == 0
-        self.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        verdict = [self._open() if self.is_main else None]
+        self.launcher = os.environ.get("TORCHELASTIC_RUN_ID")  # --rdzv-id; None without torchrun
+        if self.launcher == "none":
+            self.launcher = f"process {os.getppid()}"
+        verdict = [self._open(args.resume) if self.is_main else None]
         dist.broadcast_object_list(verdict)  # rank 0 decides, so that all ranks leave together
-        if verdict[0]:
-            raise SystemExit(verdict[0] if self.is_main else 1)
+        error, self.resume = verdict[0]
+        if error:
+            raise SystemExit(error if self.is_main else 1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
-    def _open(self) -> str | None:
-        """Take the folder; what is wrong with it, or None."""
+    def _open(self, resume: bool) -> tuple[str | None, bool]:
+        """Take the folder; what is wrong with it, and whether to resume."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.folder / "log.jsonl", "a+")
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a data loader's processes do not share it
         except BlockingIOError:
-            return f"another run is writing to {self.folder}: pass another --out"
+            return f"another run is writing to {self.folder}: pass another --out", resume
         except OSError as error:
-            return f"cannot use --out {self.folder}: {error.strerror}"
-        if self.file.tell() and not (self.args["resume"] or self.resume and self._ours()):
-            return f"{self.folder} holds a run: pass --resume to continue it, or another --out"
-        return None
-
-    def _ours(self) -> bool:
-        """Whether the torchrun that runs this process has also run the last one in the folder."""
+            return f"cannot use --out {self.folder}: {error.strerror}", resume
         self.file.seek(0)
-        return re.findall(r'"launcher": (\d+)', self.file.read())[-1:] == [str(os.getppid())]
+        last = re.findall(r'"launcher": "(.*?)"', text := self.file.read())[-1:]
+        resume = resume or last == [self.launcher]
+        if text and not resume:
+            return f"{self.folder} holds a run: pass --resume to continue it, or another --out", resume
+        return None, resume
 
     def log(self, event: str, **fields) -> None:
         """Append one JSON line, on rank 0."""
@@ -471,7 +482,7 @@ class Run:
                     raise SystemExit(f"{path} was made with {key.replace('_', '-')} {saved['args'].get(key)}, "
                                      f"not {now}: use the same, or another --out")
             state = saved["state"]
-        self.log("start", args=self.args, **self.facts, **fields, resumed=state is not None, launcher=os.getppid(),
+        self.log("start", args=self.args, **self.facts, **fields, resumed=state is not None, launcher=self.launcher,
                  commit=git_commit(), python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__,
                  world_size=dist.get_world_size(), time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         return state

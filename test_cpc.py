@@ -5,7 +5,9 @@
 Sections follow the files: encoder, patches and data, objective, probe, whole commands.
 """
 
+import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -145,6 +147,33 @@ def test_encoder_file(tmp_path):
     torch.save({"state": {}}, path)
     with pytest.raises(SystemExit, match="is not our encoder file"):
         resnet.load_encoder(path)
+
+
+class Malice:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_pickle_is_executed(tmp_path):
+    """Whatever file is read: an encoder, a checkpoint, a detector, torchvision's weights."""
+    torch.save({"kind": "encoder", "format": 1, "state": Malice(tmp_path / "made")}, tmp_path / "checkpoint.pt")
+    shutil.copy(tmp_path / "checkpoint.pt", tmp_path / "model.pt")
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    readers = (lambda: resnet.load_encoder(tmp_path / "model.pt"),
+               lambda: resnet.Run(SimpleNamespace(out=tmp_path, resume=True)).start(),
+               lambda: detect.detect_one(SimpleNamespace(out=tmp_path, detect="photo.jpg")),
+               lambda: resnet.TorchvisionGrid("resnet18", str(tmp_path / "model.pt")))
+    for read in readers:
+        with pytest.raises(SystemExit, match="damaged or not ours|does not hold torchvision's weights"):
+            read()
+    assert not (tmp_path / "made").exists()
+    torch.load(tmp_path / "model.pt", weights_only=False)
+    assert (tmp_path / "made").exists()  # it would have
 
 
 # ---------------------------------------------------------------------------------------------
@@ -318,6 +347,16 @@ def test_folders(folder, tmp_path):
                                       (str(tmp_path), "train", "no train/ under")]:
         with pytest.raises(SystemExit, match=message):
             data.load_dataset(data_flag, split, 32)
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "train" / "none").mkdir()
+    with pytest.raises(SystemExit, match="labels are needed here.* no valid file for the classes none"):
+        data.load_dataset(str(broken), "train", 32)
+    (broken / "train" / "class 0" / "again").symlink_to(broken / "train", target_is_directory=True)
+    for split in ("pretrain", "train"):
+        with pytest.raises(SystemExit, match="symbolic links under .*broken.* lead to a folder twice, or in a circle"):
+            (broken / "train" / "none").is_dir() and (broken / "train" / "none").rmdir()
+            data.load_dataset(str(broken), split, 32)
 
 
 def test_any_image_file_becomes_rgb(tmp_path, monkeypatch):
@@ -966,7 +1005,7 @@ TINY = ["--tiny", "--batch-size", "8", "--epochs", "2", "--warmup", "2"]
 
 
 def command(script, *args, processes=0):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1", f"--nproc_per_node={processes}"]
     return [*(launch if processes else [sys.executable]), str(HERE / script), *map(str, args)]
 
 
@@ -1147,22 +1186,64 @@ def test_resumed_detection_is_exact_and_repeats_nothing(detected, trained, voc, 
         assert a == b
 
 
+def kill_and_resume(times, seconds, script, *flags):
+    """Start a run, kill all its processes at a random moment, so many times; then let it end."""
+    for _ in range(times):
+        process = subprocess.Popen(command(script, *flags, "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+        try:
+            process.wait(random.uniform(3, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    done = run(script, *flags, "--resume")
+    assert done.returncode == 0, done.stderr
+
+
+def outcome(folder):
+    """All that a run has learned: its last state, weights to the bit, and its results, but for the time they took."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
+    return re.sub(r'"seconds": [\d.]+', "", json.dumps([state, events(folder, "result")], default=lambda t: t.tolist()))
+
+
 def test_resume_is_exact(trained, folder, tmp_path):
-    """Stopped by SIGTERM in the middle of an epoch, with another number of workers: the same bits."""
+    """Stopped by SIGTERM in the middle of an epoch, killed, and with another number of workers: the same bits."""
     out = tmp_path / "stopped"
     flags = [*TINY, "--data", folder, "--out", out]
     stop(lambda: (out / "patches.png").exists(), "cpc.py", *flags, "--workers", 1)  # written in the first step
     assert not (out / "encoder.pt").exists()
-    done = run("cpc.py", *flags, "--workers", 0, "--resume")
-    assert done.returncode == 0, done.stderr
+    kill_and_resume(1, 6, "cpc.py", *flags, "--workers", 0, "--save-every", 1)
     saved = [torch.load(f / "checkpoint.pt", weights_only=True)["state"] for f in (trained, out)]
     for part in ("model", "optimizer", "average"):
         a, b = (json.dumps(s[part], default=lambda t: t.tolist()) for s in saved)
         assert a == b, part
 
 
+def test_gradients_that_are_not_finite_end_the_run(folder, tmp_path, monkeypatch):
+    update, steps = cpc.update, iter(range(10))
+    monkeypatch.setattr(cpc, "update", lambda *args: (*update(*args)[:2], torch.tensor(math.nan if next(steps) == 7 else 1.0)))
+    with pytest.raises(SystemExit, match=r"not finite at step 7, learning rate \d.*, loss \d.* after \d.*: lower --lr"):
+        cpc.main(cpc.parse_args([*TINY, "--data", str(folder), "--workers", "0", "--out", str(tmp_path / "run")]))
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]["step"] == 5
+
+
+def check_kills(times, out):
+    """`python test_cpc.py 20 DIR`: each script killed so often, against the same run undisturbed."""
+    encoder = ["--encoder", out / "cpc" / "encoder.pt"]
+    for name, script, *flags in (
+            ("cpc", "cpc.py", "--tiny", "--epochs", 1, "--save-every", 1),
+            ("eval", "eval.py", *encoder, "--labels", 0.01, 0.02, "--min-steps", 20, "--batch-size", 16),
+            ("detect", "detect.py", *encoder, "--epochs", 0.02, "--finetune-epochs", 0.02, "--batch-size", 2)):
+        done = run(script, *flags, "--out", out / name)
+        assert done.returncode == 0, done.stderr
+        kill_and_resume(times, 12, script, *flags, "--out", out / f"{name}-killed")
+        same = outcome(out / name) == outcome(out / f"{name}-killed")
+        print(f"{script} killed {times} times, {len(events(out / f'{name}-killed', 'start'))} starts: "
+              f"{'the same' if same else 'DIFFERENT'}", flush=True)
+
+
 def test_what_a_run_may_continue(tmp_path, monkeypatch):
-    """The last good checkpoint and the one before; only the same run; a restarted one without --resume."""
+    """The last good checkpoint and the one before; only the same run; what one torchrun starts again by itself."""
     def start(**flags):
         run = resnet.Run(SimpleNamespace(**{"out": str(tmp_path / "run"), "resume": False, "seed": 0} | flags))
         return run, run.start()
@@ -1176,11 +1257,14 @@ def test_what_a_run_may_continue(tmp_path, monkeypatch):
         start(resume=True, seed=1)
     with pytest.raises(SystemExit, match="holds a run"):
         start(seed=0)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun --max-restarts
-    assert start(seed=0)[1] == {"step": 2}
-    monkeypatch.setattr(os, "getppid", lambda: 1)  # another torchrun's
+    for name in ("job 7", "none"):  # --rdzv-id; without one, by torchrun's process
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        with pytest.raises(SystemExit, match="holds a run"):
+            start()
+        assert start(resume=True)[1] == start()[1] == {"step": 2}
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # another torchrun
     with pytest.raises(SystemExit, match="holds a run"):
-        start(seed=0)
+        start()
     last = tmp_path / "run" / "checkpoint.pt"
     for content in (last.read_bytes()[:-100], b"", b"PK not a checkpoint"):
         last.write_bytes(content)
@@ -1188,6 +1272,8 @@ def test_what_a_run_may_continue(tmp_path, monkeypatch):
             start(resume=True)
     last.unlink()  # killed between two renames
     assert start(resume=True)[1] == {"step": 1}
+    with pytest.raises(SystemExit, match="cannot use --out /dev/null/run: Not a directory"):
+        start(out="/dev/null/run")
 
 
 def test_two_processes(folder, voc, tmp_path):
@@ -1195,6 +1281,10 @@ def test_two_processes(folder, voc, tmp_path):
     other (below), and every test image counted once, though 11 and 3 do not divide by two."""
     done = run("test_cpc.py", folder, voc, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
+    starts = [e["resumed"] for e in events(tmp_path / "cpc", "start")]
+    assert not starts[0] and starts[-1]
+    states = [resnet.load_encoder(tmp_path / name / "encoder.pt")[0].state_dict().values() for name in ("undisturbed", "cpc")]
+    assert all(map(torch.equal, *states))
     assert [e["step"] for e in events(tmp_path / "cpc", "epoch")] == [5, 10]
     assert events(tmp_path / "cpc", "epoch")[0]["chance_loss"] == pytest.approx(math.log(4 * 25))  # local negatives
     assert len(events(tmp_path / "eval", "result")) == 2
@@ -1207,8 +1297,24 @@ def test_two_processes(folder, voc, tmp_path):
 
 def check_two_processes(folder, voc, out):
     """Run by each of two processes: DDP's gradient is that of the mean of the two halves' losses,
-    each with the negatives of its own half; then every script."""
+    each with the negatives of its own half; then every script. Process 1 is killed in pre-training,
+    and torchrun starts both again."""
     data.start_process()
+    pretrain = lambda name: cpc.main(cpc.parse_args([*TINY, "--data", folder, "--save-every", "3", "--out", f"{out}/{name}"]))
+    if not Path(f"{out}/cpc/patches.png").exists():  # the first time
+        check_gradients()
+        pretrain("undisturbed")
+        update, steps = cpc.update, iter(range(10))
+        cpc.update = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(steps) == 7 and dist.get_rank() else update(*args)
+    pretrain("cpc")
+    dist.barrier()  # encoder.pt is there
+    encoder = ["--encoder", f"{out}/cpc/encoder.pt", "--batch-size", "8"]
+    evaluation.main(*evaluation.parse_args([*encoder, "--labels", "0.5", "--epochs", "1", "--min-steps", "4", "--held-out", "0.2",
+                                            "--out", f"{out}/eval"]))
+    detect.main(*detect.parse_args([*encoder, "--data", voc, *DETECT, "--phase", "finetuned", "--out", f"{out}/detect"]))
+
+
+def check_gradients():
     torch.manual_seed(0)
     model = cpc.CPC(resnet.Encoder("tiny"), 2, [2], emb_scale=1.0)
     patches = torch.randn(4, 4, 4, 3, 8, 8, generator=generator())
@@ -1219,12 +1325,6 @@ def check_two_processes(folder, voc, out):
     ((model(patches[0::2])[0] + model(patches[1::2])[0]) / 2).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert (ours - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 0.01
-    cpc.main(cpc.parse_args([*TINY, "--data", folder, "--out", f"{out}/cpc"]))
-    dist.barrier()  # encoder.pt is there
-    encoder = ["--encoder", f"{out}/cpc/encoder.pt", "--batch-size", "8"]
-    evaluation.main(*evaluation.parse_args([*encoder, "--labels", "0.5", "--epochs", "1", "--min-steps", "4", "--held-out", "0.2",
-                                            "--out", f"{out}/eval"]))
-    detect.main(*detect.parse_args([*encoder, "--data", voc, *DETECT, "--phase", "finetuned", "--out", f"{out}/detect"]))
 
 
 @pytest.mark.parametrize("script, flags, message", [
@@ -1236,6 +1336,10 @@ def check_two_processes(folder, voc, out):
     ("cpc.py", ["--tiny", "--batch-size", "9000"], "4000 images, fewer than --batch-size 9000"),
     ("cpc.py", ["--tiny", "--color-drop", "2"], "--color-drop 2.0 is not between 0 and 1"),
     ("cpc.py", ["--tiny", "--direction", "4"], "unrecognized arguments"),
+    ("cpc.py", ["--tiny", "--norm", "group"], "invalid choice: 'group'"),
+    ("cpc.py", ["--tiny", "--save-every", "0"], "--save-every 0 is not between 1"),
+    ("cpc.py", ["--tiny", "--lr", "nan"], "--lr nan is not between"),
+    ("eval.py", ["--encoder", "/dev/null"], "/dev/null is damaged or not ours"),
     ("eval.py", ["--encoder", "none.pt"], "no encoder at none.pt: run cpc.py first"),
     ("eval.py", ["--tiny", "--head", "none", "--supervised", "vgg"], "--supervised vgg is none of"),
     ("eval.py", ["--tiny", "--head", "none"], "--head none leaves nothing to train"),
@@ -1285,6 +1389,40 @@ def test_presets(flags, expected):
     assert {k: args[k] for k in expected} == expected
 
 
+def test_flags_at_random():
+    """Each combination is refused with one line, or its model takes its patches."""
+    draw = random.Random(0)
+    choices = {
+        "--arch": ["tiny", "small"], "--norm": resnet.NORMS, "--stem": resnet.STEMS, "--directions": ["1", "2", "3", "4"],
+        "--lengths": ["1", "2 3", "2 3 4", "5", "0", "-1", "2 2", "x"], "--crop": ["32", "40", "48", "0", "240"],
+        "--patch": ["4", "8", "12", "16", "40", "1"], "--stride": ["4", "6", "8", "0", "-4", "1"],
+        "--image-aug": ["inception", "v1"], "--min-area": ["0.1", "1", "0", "2"], "--color-drop": ["0", "1", "nan", "-1"],
+        "--flip": ["0.5", "1.1"], "--batch-size": ["2", "0", "-2", "1.5"], "--hidden": ["8", "0"], "--target-dim": ["1", "0"],
+        "--emb-scale": ["0.1", "0"], "--lr": ["1e-3", "0", "inf", "nan"], "--clip": ["0", "-1"], "--average": ["0", "1"],
+        "--epochs": ["1", "0"], "--warmup": ["0", "-1"], "--save-every": ["1", "0"], "--seed": ["1", "-1"], "--preset": ["v1", "v3"]}
+    accepted = refused = 0
+    for _ in range(200):
+        names = draw.sample(list(choices), draw.randint(1, 5))
+        flags = ["--tiny", "--batch-size", "2", *(f for name in names for f in (name, *draw.choice(list(choices[name])).split()))]
+        error = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(error):
+                args = cpc.parse_args(flags)
+        except SystemExit as stop:
+            assert stop.code == 2 and len(error.getvalue().splitlines()) == 1, (flags, error.getvalue())
+            refused += 1
+            continue
+        G = data.grid_side(args.crop, args.patch, args.stride)
+        with torch.device("meta"):
+            encoder = resnet.Encoder(args.arch, args.norm, args.stem)
+            shape = encoder.grid(torch.empty(2, G, G, 3, args.patch, args.patch)).shape
+        model = cpc.CPC(encoder, args.directions, args.lengths, args.hidden, args.target_dim, args.emb_scale)
+        assert shape == (2, encoder.out_channels, G, G) and (G > 12 or model.contrast(torch.randn(shape))[0].isfinite()), flags
+        assert 0 <= cpc.learning_rate(1, 2, args.lr, args.warmup) <= args.lr, flags
+        accepted += 1
+    assert accepted > 25 and refused > 25
+
+
 def documented_commands():
     """Every command of the README, the docstrings and `./run.sh paper`."""
     paper = subprocess.run([HERE / "run.sh", "paper"], capture_output=True, text=True, check=True).stdout
@@ -1305,4 +1443,4 @@ def test_documented_commands_parse(trained):
 
 
 if __name__ == "__main__":
-    check_two_processes(*sys.argv[1:])
+    check_two_processes(*sys.argv[1:]) if len(sys.argv) == 4 else check_kills(int(sys.argv[1]), Path(sys.argv[2]))
