@@ -210,8 +210,8 @@ def load_file(path: Path, kind: str) -> dict:
         raise SystemExit(f"{path} is damaged or not ours ({type(error).__name__})")
     if not isinstance(saved, dict) or saved.get("kind") != kind:
         raise SystemExit(f"{path} is not our {kind} file")
-    if saved["format"] != FORMAT:
-        raise SystemExit(f"{path} has format {saved['format']}, this code reads {FORMAT}: update it")
+    if saved.get("format") != FORMAT:
+        raise SystemExit(f"{path} has format {saved.get('format')}, this code reads {FORMAT}: update it")
     return saved
 
 
@@ -229,12 +229,12 @@ def load_encoder(path: str | Path) -> tuple[Encoder, dict]:
     """Read `encoder.pt`: the network it describes with its weights (strictly), in eval mode, and
     everything else in the file. Exits with one line on a missing, foreign or damaged file."""
     saved = load_file(Path(path), "encoder")
-    if saved["arch"] not in ARCHITECTURES:
-        raise SystemExit(f"{path} holds a {saved['arch']}, which this code does not know: update it")
-    encoder = Encoder(saved["arch"], saved["norm"], saved["stem"])
+    if saved.get("arch") not in ARCHITECTURES:
+        raise SystemExit(f"{path} holds a {saved.get('arch')}, which this code does not know: update it")
     try:
+        encoder = Encoder(saved["arch"], saved["norm"], saved["stem"])
         encoder.load_state_dict(saved.pop("state"), strict=True)
-    except RuntimeError:
+    except (KeyError, RuntimeError):
         raise SystemExit(f"{path} does not hold the weights of the {saved['arch']} it names")
     return encoder.eval(), saved
 

@@ -144,9 +144,13 @@ def test_encoder_file(tmp_path):
         resnet.load_encoder(path)
     with pytest.raises(SystemExit, match="no encoder at"):
         resnet.load_encoder(tmp_path / "none.pt")
-    torch.save({"state": {}}, path)
-    with pytest.raises(SystemExit, match="is not our encoder file"):
-        resnet.load_encoder(path)
+    for content, message in (({"state": {}}, "is not our encoder file"), ([], "is not our encoder file"),
+                             ({"kind": "encoder", "format": 2}, "has format 2, this code reads 1: update it"),
+                             ({"kind": "encoder", "format": 1, "arch": "resnet162"}, "holds a resnet162, which"),
+                             ({"kind": "encoder", "format": 1, "arch": "tiny"}, "does not hold the weights of the tiny")):
+        torch.save(content, path)
+        with pytest.raises(SystemExit, match=message):
+            resnet.load_encoder(path)
 
 
 class Malice:
@@ -1424,17 +1428,17 @@ def test_flags_at_random():
 
 
 def documented_commands():
-    """Every command of the README, the docstrings and `./run.sh paper`."""
+    """Every command of the README, the docstrings, `./run.sh` and `./run.sh paper`."""
     paper = subprocess.run([HERE / "run.sh", "paper"], capture_output=True, text=True, check=True).stdout
-    lines = [line for text in (*((HERE / f).read_text() for f in ("README.md", "cpc.py", "eval.py", "detect.py")), paper)
+    lines = [line for text in (*((HERE / f).read_text() for f in ("README.md", "run.sh", "cpc.py", "eval.py", "detect.py")), paper)
              for line in text.splitlines()]
-    pattern = re.compile(r"\s*(?:python|\S*torchrun [^#]*?) (cpc|eval|detect)\.py\b([^#]*)")
+    pattern = re.compile(r'\s*(?:"?\$?python"?|\S*torchrun [^#]*?) (cpc|eval|detect)\.py\b([^#]*)')
     return [(m[1], shlex.split(m[2].replace("$s", "0"))) for m in map(pattern.match, lines) if m]
 
 
 def test_documented_commands_parse(trained):
     commands = documented_commands()
-    assert len(commands) > 25 and {script for script, _ in commands} == {"cpc", "eval", "detect"}
+    assert len(commands) > 60 and {script for script, _ in commands} == {"cpc", "eval", "detect"}
     for script, flags in commands:
         if script == "cpc":
             cpc.parse_args(flags)
