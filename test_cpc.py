@@ -356,11 +356,16 @@ def test_folders(folder, tmp_path):
     (broken / "train" / "none").mkdir()
     with pytest.raises(SystemExit, match="labels are needed here.* no valid file for the classes none"):
         data.load_dataset(str(broken), "train", 32)
+    (broken / "train" / "none").rmdir()
     (broken / "train" / "class 0" / "again").symlink_to(broken / "train", target_is_directory=True)
     for split in ("pretrain", "train"):
         with pytest.raises(SystemExit, match="symbolic links under .*broken.* lead to a folder twice, or in a circle"):
-            (broken / "train" / "none").is_dir() and (broken / "train" / "none").rmdir()
             data.load_dataset(str(broken), split, 32)
+    (broken / "train" / "class 0" / "again").unlink()
+    for split in ("train", "test"):
+        shutil.rmtree(broken / split / "class 1")
+    with pytest.raises(SystemExit, match="holds one class"):
+        evaluation.main(*evaluation.parse_args(["--tiny", "--supervised", "--data", str(broken)]))
 
 
 def test_any_image_file_becomes_rgb(tmp_path, monkeypatch):
