@@ -186,10 +186,10 @@ def read_image(path: str) -> Image.Image:
     """An image file in RGB, whatever its mode; of 16 bits the upper 8, of an animation the first picture; not
     turned by its EXIF orientation (ours: as torchvision, and all published ImageNet figures)."""
     try:
-        image = Image.open(path)
-        if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to white
-            image = image.convert("I").point(lambda value: value / 256).convert("L")
-        return image.convert("RGB")
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to white
+                image = image.convert("I").point(lambda value: value / 256).convert("L")
+            return image.convert("RGB")
     except Exception as error:  # decoders have no common base class; a decompression bomb is one of these
         raise Unreadable(f"{path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
 
@@ -266,7 +266,7 @@ def load_dataset(data: str, split: str, size: int) -> Dataset:
             if data == "stl10":
                 return datasets.STL10(DOWNLOADS, {"pretrain": "unlabeled"}.get(split, split), download=True)
             datasets.Imagenette(DOWNLOADS, download=True)
-            return datasets.ImageFolder(DOWNLOADS / "imagenette2" / ("train" if train else "val"))
+        data = DOWNLOADS / "imagenette2"
     return from_first(lambda: list_folder(Path(data), split))
 
 
