@@ -1018,10 +1018,10 @@ def command(script, *args, processes=0):
     return [*(launch if processes else [sys.executable]), str(HERE / script), *map(str, args)]
 
 
-def run(script, *args, processes=0, cwd=None):
+def run(script, *args, processes=0, cwd=None, timeout=150):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command(script, *args, processes=processes), capture_output=True, text=True, cwd=cwd,
-                          env=env, timeout=150)
+                          env=env, timeout=timeout)
 
 
 def stop(when, script, *args, number=signal.SIGTERM):
@@ -1205,7 +1205,7 @@ def kill_and_resume(times, seconds, script, *flags):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    done = run(script, *flags, "--resume")
+    done = run(script, *flags, "--resume", timeout=900)
     assert done.returncode == 0, done.stderr
 
 
@@ -1243,7 +1243,7 @@ def check_kills(times, out):
             ("cpc", "cpc.py", "--tiny", "--epochs", 1, "--save-every", 1),
             ("eval", "eval.py", *encoder, "--labels", 0.01, 0.02, "--min-steps", 20, "--batch-size", 16),
             ("detect", "detect.py", *encoder, "--epochs", 0.02, "--finetune-epochs", 0.02, "--batch-size", 2)):
-        done = run(script, *flags, "--out", out / name)
+        done = run(script, *flags, "--out", out / name, timeout=900)
         assert done.returncode == 0, done.stderr
         kill_and_resume(times, 12, script, *flags, "--out", out / f"{name}-killed")
         same = outcome(out / name) == outcome(out / f"{name}-killed")
