@@ -617,8 +617,8 @@ def drop_colors(x: Tensor, probability: float, generator: torch.Generator) -> Te
     drop = rand() < probability
     keep = (3 * rand()).long()  # the channel that stays, in its place
     kept = ~drop | (keep == torch.arange(3, device=x.device))  # [N, 3]
-    left = x.gather(1, keep.view(-1, 1, 1, 1).expand(-1, -1, *x.shape[2:]))
-    deviation = (left.square().mean((2, 3)) - left.mean((2, 3)).square()).clamp(min=0).sqrt()  # [N, 1]
+    left = x[torch.arange(len(x), device=x.device), keep.flatten()]  # [N, H, W]
+    deviation = (left.square().mean((1, 2)) - left.mean((1, 2)).square()).clamp(min=0).sqrt()[:, None]
     sheet = torch.randn(1, *x.shape[1:], generator=generator, device=x.device)
     return x.mul_(kept.float()[..., None, None]).addcmul_((~kept * 0.01 * deviation)[..., None, None], sheet)
 
