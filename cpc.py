@@ -187,8 +187,7 @@ class CPC(nn.Module):
 
 def chance_loss(args) -> float:
     """The loss of guessing: log of the number of candidates, all patches of this process's batch."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    return math.log(args.batch_size // world * data.grid_side(args.crop, args.patch, args.stride) ** 2)
+    return math.log(args.batch_size // dist.get_world_size() * data.grid_side(args.crop, args.patch, args.stride) ** 2)
 
 
 def image_transform(args):

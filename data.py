@@ -196,11 +196,15 @@ def read_image(path: str) -> Image.Image:
         raise Unreadable(f"{path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-def refuse_loops(root: Path, files: list[str]) -> None:
-    """Exit with one line if a folder is reached in two ways: its images would count twice."""
-    folders = {os.path.dirname(file) for file in files}
-    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
-        raise SystemExit(f"symbolic links under {root} lead to a folder twice, or in a circle: remove them")
+def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder and the files in it, links followed. Exits with one line at a folder that is reached in two
+    ways: its images would count twice, and a circle has no end."""
+    seen = set()
+    for folder, _, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            raise SystemExit(f"symbolic links under {root} lead to a folder twice, or in a circle: remove {folder}")
+        seen.add(real)
+        yield folder, names
 
 
 class ImageFiles(Dataset):
@@ -210,11 +214,10 @@ class ImageFiles(Dataset):
     def __init__(self, root: Path):
         self.files = sorted(
             os.path.join(folder, name)
-            for folder, _, names in os.walk(root, followlinks=True) for name in names
+            for folder, names in walk(root) for name in names
             if name.lower().endswith(datasets.folder.IMG_EXTENSIONS))
         if not self.files:
             raise SystemExit(f"no image files under {root}: pass --data DIR")
-        refuse_loops(root, self.files)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -282,13 +285,13 @@ def list_folder(root: Path, split: str) -> Dataset:
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         raise SystemExit(f"no {'/ or '.join(names)}/ under {root}: pass --data DIR with class folders in it")
+    for _ in walk(folder):  # torchvision's own would not end in a circle
+        pass
     try:
-        images = datasets.ImageFolder(folder, loader=read_image)
+        return datasets.ImageFolder(folder, loader=read_image)
     except FileNotFoundError as error:  # torchvision names the classes
         raise SystemExit(f"labels are needed here, a folder of images for each class under {folder}: "
                          f"{str(error).split('. Supported')[0]}")
-    refuse_loops(folder, [path for path, _ in images.samples])
-    return images
 
 
 # ---------------------------------------------------------------------------------------------
@@ -497,12 +500,12 @@ class Seeded(Dataset):
             except Unreadable as error:
                 new = not self.unreadable[index]
                 self.unreadable[index] = True
-                count, all = int(self.unreadable.sum()), len(self.dataset)
-                if count > self.skip * all:
-                    raise Unreadable(f"{error}" + f" ({count} of {all} images, more than 1 %)" * (self.skip > 0))
+                count, images = int(self.unreadable.sum()), len(self.dataset)
+                if count > self.skip * images:
+                    raise Unreadable(f"{error}" + f" ({count} of {images} images, more than 1 %)" * (self.skip > 0))
                 if new:
-                    print(f"skipped: {error} ({count} of {all} images)", file=sys.stderr, flush=True)
-                index = (index + 1) % all
+                    print(f"skipped: {error} ({count} of {images} images)", file=sys.stderr, flush=True)
+                index = (index + 1) % images
 
     def _augment(self, item: tuple, seed: int) -> tuple[Tensor, int]:
         with torch.random.fork_rng(devices=[]):

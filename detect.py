@@ -384,7 +384,7 @@ def parse_args(argv: list[str] | None = None):
     add("--weight-decay", type=float, default=1e-4, help="of all weights")
 
     early = parser.parse_known_args(argv)[0]
-    encoders = [] if early.detect else find_encoders(parser, early.encoder, LAYERS)
+    encoders = [] if early.detect is not None else find_encoders(parser, early.encoder, LAYERS)
     first = next((e.file for e in encoders if e.file), None)
     if early.tiny or first and first["arch"] in ("tiny", "small"):
         parser.set_defaults_checked(TINY)
@@ -398,7 +398,7 @@ def parse_args(argv: list[str] | None = None):
 
 def main(args, encoders) -> None:
     """Every encoder and phase: a result line each, and a table."""
-    if args.detect:
+    if args.detect is not None:
         return detect_one(args)
     device = data.start_process()
     torch.backends.cudnn.benchmark = False  # images and batches differ in size

@@ -104,7 +104,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.norm1(x))
         shortcut = x
-        if self.project is not None:  # where the 3x3 has a stride, on every other position
+        if self.project is not None:  # at a stride: every other position, faster on a CPU than a strided 1x1
             shortcut = self.project(F.avg_pool2d(h, 1, 2) if self.conv2.stride == (2, 2) else h)
         h = self.conv1(h)
         h = self.conv2(F.relu(self.norm2(h)))
@@ -455,7 +455,7 @@ class Run:
         self.file.seek(0)
         last = re.findall(r'"launcher": "(.*?)"', text := self.file.read())[-1:]
         resume = resume or last == [self.launcher]
-        if text and not resume:
+        if not resume and (text or any((self.folder / name).exists() for name in ("checkpoint.pt", "encoder.pt", "model.pt"))):
             return f"{self.folder} holds a run: pass --resume to continue it, or another --out", resume
         return None, resume
 
@@ -476,7 +476,9 @@ class Run:
             try:
                 saved = load_file(path, "checkpoint")
             except SystemExit as error:
-                raise SystemExit(f"{error}; {self.BEFORE} beside it is the one before: rename it to go on from there")
+                older = path.name != self.BEFORE and (self.folder / self.BEFORE).exists()
+                raise SystemExit(f"{error}; " + (f"{self.BEFORE} beside it is the one before: rename it to go on from there"
+                                                 if older else "pass another --out to begin again"))
             for key, now in self._identity().items():
                 if saved["args"].get(key) != now:
                     raise SystemExit(f"{path} was made with {key.replace('_', '-')} {saved['args'].get(key)}, "

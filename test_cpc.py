@@ -357,11 +357,13 @@ def test_folders(folder, tmp_path):
     with pytest.raises(SystemExit, match="labels are needed here.* no valid file for the classes none"):
         data.load_dataset(str(broken), "train", 32)
     (broken / "train" / "none").rmdir()
-    (broken / "train" / "class 0" / "again").symlink_to(broken / "train", target_is_directory=True)
+    for name in ("again", "and again"):  # 2**40 ways
+        (broken / "train" / "class 0" / name).symlink_to(broken / "train", target_is_directory=True)
     for split in ("pretrain", "train"):
         with pytest.raises(SystemExit, match="symbolic links under .*broken.* lead to a folder twice, or in a circle"):
             data.load_dataset(str(broken), split, 32)
-    (broken / "train" / "class 0" / "again").unlink()
+    for name in ("again", "and again"):
+        (broken / "train" / "class 0" / name).unlink()
     for split in ("train", "test"):
         shutil.rmtree(broken / split / "class 1")
     with pytest.raises(SystemExit, match="holds one class"):
@@ -669,14 +671,16 @@ def test_fine_tuning_that_only_harms_is_undone(encoder_file, monkeypatch):
     bench, states = make_bench(encoder_file, "--labels", "0.1"), []
 
     def accuracy(model, images, cache):
-        states.append((cache, copy.deepcopy(model.state_dict())))
+        states.append((cache, copy.deepcopy(model.state_dict()), model))
         return (0.0 if not model.frozen else 90.0), 0.0
 
     monkeypatch.setattr(bench, "accuracy", accuracy)
     logged = fit_cell(bench)
-    (frozen,) = (state for cache, state in states if cache == "test")  # tested once, for both
+    (frozen,) = (state for cache, state, _ in states if cache == "test")  # tested once, for both
+    _, moved, model = states[-1]
+    assert all(torch.equal(frozen[k], v) for k, v in model.state_dict().items()) and not model.frozen
+    assert any(not torch.equal(frozen[k], moved[k]) for k in frozen)  # it had moved away
     assert logged[-1][1]["finetuned"] and logged[-1][1]["held_out_top1"] == logged[-1][1]["top1"] == 90
-    assert any(not torch.equal(frozen[k], states[-1][1][k]) for k in frozen)  # it had moved away
 
 
 def test_frozen_is_checked(encoder_file):
@@ -1018,22 +1022,28 @@ def command(script, *args, processes=0):
     return [*(launch if processes else [sys.executable]), str(HERE / script), *map(str, args)]
 
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 def run(script, *args, processes=0, cwd=None, timeout=150):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command(script, *args, processes=processes), capture_output=True, text=True, cwd=cwd,
-                          env=env, timeout=timeout)
+                          env=ONE_THREAD, timeout=timeout)
 
 
-def stop(when, script, *args, number=signal.SIGTERM):
-    """Run a command until `when()`, then send all its processes a signal; after SIGTERM it says how to go on."""
-    process = subprocess.Popen(command(script, *args), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+def start(script, *args):
+    """A command in a process group of its own, running."""
+    return subprocess.Popen(command(script, *args), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                            env=ONE_THREAD, start_new_session=True)
+
+
+def stop(when, script, *args):
+    """Run a command until `when()`, then send all its processes SIGTERM, and see that it says how to go on."""
+    process = start(script, *args)
     while process.poll() is None and not when():
         time.sleep(0.01)
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGTERM)
     lines = process.communicate()[1].splitlines()
-    if number == signal.SIGTERM:
-        assert "--resume" in lines[-1] and "Traceback" not in "".join(lines) and process.returncode == 143, lines
+    assert "--resume" in lines[-1] and "Traceback" not in "".join(lines) and process.returncode == 143, lines
 
 
 def events(folder, event):
@@ -1198,13 +1208,12 @@ def test_resumed_detection_is_exact_and_repeats_nothing(detected, trained, voc, 
 def kill_and_resume(times, seconds, script, *flags):
     """Start a run, kill all its processes at a random moment, so many times; then let it end."""
     for _ in range(times):
-        process = subprocess.Popen(command(script, *flags, "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+        process = start(script, *flags, "--resume")
         try:
-            process.wait(random.uniform(3, seconds))
+            process.communicate(timeout=random.uniform(3, seconds))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()
     done = run(script, *flags, "--resume", timeout=900)
     assert done.returncode == 0, done.stderr
 
@@ -1283,6 +1292,13 @@ def test_what_a_run_may_continue(tmp_path, monkeypatch):
             start(resume=True)
     last.unlink()  # killed between two renames
     assert start(resume=True)[1] == {"step": 1}
+    last.with_name("checkpoint-before.pt").write_bytes(b"")
+    with pytest.raises(SystemExit, match="checkpoint-before.pt is damaged or not ours .*; pass another --out"):
+        start(resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "encoder.pt").touch()  # somebody's, without a log
+    with pytest.raises(SystemExit, match="holds a run"):
+        start(out=str(tmp_path / "other"))
     with pytest.raises(SystemExit, match="cannot use --out /dev/null/run: Not a directory"):
         start(out="/dev/null/run")
 
@@ -1367,6 +1383,7 @@ def check_gradients():
     ("detect.py", ["--encoder", "torchvision:vgg11"], "vgg11 has no feature map [B, D, h, w] called layer3"),
     ("detect.py", ["--encoder", "torchvision:resnet18"], "trainval.txt: pass --data DIR with VOCdevkit/VOC2007"),
     ("detect.py", ["--encoder", "torchvision:resnet18", "--side", "8"], "--side 8 is not between 32 and 10000"),
+    ("detect.py", ["--detect", ""], "no detector at runs/detect/model.pt"),
     ("detect.py", ["--detect", "photo.jpg"], "no detector at runs/detect/model.pt"),
 ])
 def test_mistakes_get_one_line(script, flags, message, tmp_path, monkeypatch, capsys):
