@@ -48,11 +48,11 @@ class PixelCNN(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(channels, hidden, 1), nn.ReLU(),
+                nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True),
                 # SAME padding, which A.2 does not state but its residual sum needs
                 nn.Conv2d(hidden, hidden, (1, 3), padding=(0, 1)),
                 nn.ZeroPad2d((0, 0, 1, 0)),  # a row of zeros on top, and with the VALID 2x1 below
-                nn.Conv2d(hidden, hidden, (2, 1)), nn.ReLU(),  # row i sees rows i - 1 and i
+                nn.Conv2d(hidden, hidden, (2, 1)), nn.ReLU(inplace=True),  # row i sees rows i - 1 and i
                 nn.Conv2d(hidden, channels, 1),
             ) for _ in range(5))  # paper: A.2, five blocks
 
@@ -174,7 +174,7 @@ class CPC(nn.Module):
         as chance. A.2's range(2, 3) holds k = 3 alone; Sec. 4.1's k in {2, 3} is what we take."""
         terms = []
         for turn, direction in zip(self.turns, self.directions):
-            targets, predictions = direction(latents.rot90(turn, (2, 3)))
+            targets, predictions = direction(latents.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last))
             terms += [info_nce(prediction, targets, k) for k, prediction in predictions.items()]
         losses, accuracies = zip(*terms)
         return torch.stack(losses).mean(), torch.stack(accuracies).mean()
@@ -219,9 +219,10 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, patches: Tensor, 
 
 def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool) -> None:
     """The run: from its checkpoint, or the start, to `encoder.pt`."""
-    run, epoch, chance = Run(args, images=len(dataset)), len(dataset) // args.batch_size, chance_loss(args)
+    epoch, chance = len(dataset) // args.batch_size, chance_loss(args)
     steps = args.epochs * epoch
-    state = run.start(steps=steps, chance_loss=chance)
+    run = Run(args, images_sha256=data.fingerprint(dataset), bf16=bf16)
+    state = run.start(images=len(dataset), steps=steps, chance_loss=chance)
     # ours: Polyak averaging, of the encoder alone, since nothing else is kept
     average = AveragedModel(model.encoder, multi_avg_fn=get_ema_multi_avg_fn(args.average))
     start, totals = 0, torch.zeros(3, device=device)  # sums of loss and accuracy, steps
@@ -236,10 +237,10 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
         model.encoder.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    def save(step: int) -> None:
+    def save(step: int, /, *event, **fields) -> None:
         dist.all_reduce(totals.div_(dist.get_world_size()))  # from now on every rank's are the mean
         run.save({"step": step, "totals": totals, "model": model.state_dict(),
-                  "average": average.state_dict(), "optimizer": optimizer.state_dict()})
+                  "average": average.state_dict(), "optimizer": optimizer.state_dict()}, *event, **fields)
 
     transform = image_transform(args)
     batches = data.TrainBatches(len(dataset), args.batch_size, args.seed, start, steps)
@@ -271,15 +272,13 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
             dist.all_reduce(means)
             mean_loss, mean_accuracy = (means[:2] / means[2]).tolist()
             totals.zero_()
-            save(done)
-            run.log("epoch", epoch=done // epoch, step=done, loss=mean_loss,
-                    accuracy=mean_accuracy, chance_loss=chance, lr=lr, seconds=round(seconds, 3),
-                    images_per_second=round((done - clock_step) * args.batch_size / seconds, 1))
+            save(done, "epoch", epoch=done // epoch, step=done, loss=mean_loss, accuracy=mean_accuracy, chance_loss=chance,
+                 lr=lr, seconds=round(seconds, 3),
+                 images_per_second=round((done - clock_step) * args.batch_size / seconds, 1))
             clock, clock_step = time.time(), done
         elif caught or done % args.save_every == 0:
             save(done)
         if caught:
-            bar.close()
             run.leave(caught)
     bar.close()
 
@@ -477,15 +476,15 @@ def parse_args(argv: list[str] | None = None):
         G = data.grid_side(args.crop, args.patch, args.stride)
     except ValueError as error:
         parser.error(str(error))
-    if not all(1 <= k < G for k in args.lengths):
-        parser.error(f"--lengths {args.lengths} on a {G}x{G} grid: each must be 1 to {G - 1}")
+    if not all(1 <= k < G for k in args.lengths) or len(set(args.lengths)) < len(args.lengths):
+        parser.error(f"--lengths {args.lengths} on a {G}x{G} grid: each must be 1 to {G - 1}, and named once")
     if args.benchmark is not None and args.benchmark < 1:
         parser.error(f"--benchmark {args.benchmark}: at least one step")
     if (args.stem or ARCHITECTURES[args.arch][3]) == "7x7" and args.patch < 32:
         parser.error(f"--patch {args.patch} is too small for the 7x7 stem of {args.arch}: pass --stem 3x3")
     parser.check_ranges(args, dict(
         color_drop=(0, 1), flip=(0, 1), average=(0, 0.9999999), min_area=(0.001, 1), hidden=(1, 1e6),
-        target_dim=(1, 1e6), seed=(0, 2**62), epochs=(1, 1e9), lr=(1e-12, 1e3), warmup=(0, 1e9), clip=(0, 1e9),
+        target_dim=(1, 1e6), emb_scale=(1e-9, 1e6), epochs=(1, 1e9), lr=(1e-12, 1e3), warmup=(0, 1e9), clip=(0, 1e9),
         save_every=(1, 1e9)))
     return args
 
@@ -498,6 +497,8 @@ def main(args) -> None:
     epoch = len(dataset) // args.batch_size  # steps; a last partial batch is dropped
     if not epoch:
         raise SystemExit(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
+    if args.warmup >= args.epochs * epoch and not args.benchmark:
+        raise SystemExit(f"--warmup {args.warmup} is all of the {args.epochs * epoch} steps: lower it")
 
     torch.manual_seed(args.seed)  # the same initial weights everywhere
     if args.checkpointing is None:  # ours: 64 images of ResNet-161 do not fit in 80 GB without
@@ -520,4 +521,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    one_line(main, parse_args())
+    one_line(parse_args, main)

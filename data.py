@@ -9,6 +9,7 @@ Shapes: B batch, G grid side, P patch side, S image side. Images travel as uint8
 
 import atexit
 import ctypes
+import hashlib
 import math
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ from xml.etree import ElementTree
 
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets, tv_tensors
@@ -53,7 +54,11 @@ def start_process() -> torch.device:
         keep_freed_memory()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+        try:
+            store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+        except (ValueError, dist.DistError) as error:
+            raise SystemExit(f"cannot join the run that RANK in the environment is of: {str(error).splitlines()[0]}; "
+                             f"start with torchrun, or unset RANK")
         # what torchrun starts again finds its store as it was: not to call at the addresses of the dead
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
@@ -184,11 +189,13 @@ class Unreadable(Exception):
     """An image file that cannot be decoded, or too many of them: one line."""
 
 
-def read_image(path: str) -> Image.Image:
-    """An image file in RGB, whatever its mode; of 16 bits the upper 8, of an animation the first picture; not
-    turned by its EXIF orientation (ours: as torchvision, and all published ImageNet figures)."""
+def read_image(path: str, upright: bool = False) -> Image.Image:
+    """An image file in RGB, whatever its mode; of 16 bits the upper 8, of an animation the first picture;
+    turned by its EXIF orientation only if `upright` (ours: torchvision does not, nor do ImageNet's figures)."""
     try:
         with Image.open(path) as image:
+            if upright:
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to white
                 image = image.convert("I").point(lambda value: value / 256).convert("L")
             return image.convert("RGB")
@@ -212,6 +219,7 @@ class ImageFiles(Dataset):
     where no label is used. item: (PIL image, 0)."""
 
     def __init__(self, root: Path):
+        self.root = root
         self.files = sorted(
             os.path.join(folder, name)
             for folder, names in walk(root) for name in names
@@ -254,6 +262,17 @@ def from_first(make: Callable):
     if isinstance(box[0], SystemExit):
         raise box[0] if dist.get_rank() == 0 else SystemExit(1)
     return box[0]
+
+
+def fingerprint(*sets: Dataset) -> str:
+    """What is the same when a run goes on with the same images, wherever they lie: their kind, number and
+    names, 16 hexadecimal digits. Their contents are not read."""
+    digest = hashlib.sha256()
+    for images in sets:
+        paths = getattr(images, "files", None) or [path for path, _ in getattr(images, "samples", ())]
+        names = [path[len(str(images.root)):] for path in paths] or getattr(images, "names", [])
+        digest.update(os.fsencode("\0".join([type(images).__name__, str(len(images)), *names, ""])))
+    return digest.hexdigest()[:16]
 
 
 def load_dataset(data: str, split: str, size: int) -> Dataset:
@@ -363,7 +382,8 @@ def read_voc(root: Path, which: str) -> Objects:
     voc = datasets.VOCDetection(root, "2007", which)
     missing = [path for path in (*voc.images, *voc.annotations) if not os.path.isfile(path)]
     if missing or not len(voc):
-        raise SystemExit(f"{len(missing)} files of VOC 2007's {which} are missing: {(missing or ['no image listed'])[0]}")
+        raise SystemExit(f"{len(missing)} files of VOC 2007's {which} are missing, the first {missing[0]}" if missing else
+                         f"{path} lists no image")
     classes = FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # VOC's twenty, without the background
     return Objects(voc, classes, [Path(path).stem for path in voc.images])
 
@@ -422,9 +442,9 @@ def read_subset(path: str, dataset: Dataset) -> list[int]:
     """The indices of the images that a list names, one a line: NAME or CLASS/NAME. Only images of
     the data set can be named. Exits with one line on a missing file or an unknown name."""
     try:
-        names = Path(path).read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"cannot read --subset {path}: {getattr(error, 'strerror', 'not a text file')}")
+        names = os.fsdecode(Path(path).read_bytes()).split("\n")
+    except OSError as error:
+        raise SystemExit(f"cannot read --subset {path}: {error.strerror}")
     index = {name: i for i, name in enumerate(image_names(dataset))}
     if isinstance(dataset, datasets.ImageFolder):
         index |= {"/".join(path.split(os.sep)[-2:]): i for i, (path, _) in enumerate(dataset.samples)}
@@ -490,7 +510,8 @@ class Seeded(Dataset):
             items = many(indices)
         except Unreadable:
             items = [self._readable(index) for index in indices]
-        return [self._augment(item, seed) for item, (_, seed) in zip(items, keys)]
+        with torch.random.fork_rng(devices=[]):
+            return [self._augment(item, seed) for item, (_, seed) in zip(items, keys)]
 
     def _readable(self, index: int) -> tuple:
         """The item, or the first after it that can be read."""
@@ -508,9 +529,8 @@ class Seeded(Dataset):
                 index = (index + 1) % images
 
     def _augment(self, item: tuple, seed: int) -> tuple[Tensor, int]:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torchvision's transforms draw from this one
-            return self.transform(*item)  # (image, label); the boxes of a label follow the image
+        torch.default_generator.manual_seed(seed)  # torchvision's transforms draw from this one
+        return self.transform(*item)  # (image, label); the boxes of a label follow the image
 
 
 class TrainBatches(Sampler):

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -245,19 +244,18 @@ def fit(args, phase: str, model: FasterRCNN, objects, device: torch.device, run:
         optimizer.step()
         schedule.step()
         totals += torch.stack([loss.detach() for loss in losses.values()] + [torch.ones((), device=device)])
-        caught = run.stop_signal()
+        caught, line = run.stop_signal(), {}
         if done in stops:
             dist.all_reduce(totals)
             means = dict(zip(losses, (totals[:4] / totals[4]).tolist()))
             totals.zero_()
             bar.set_postfix_str(f"loss {sum(means.values()):.3f}", refresh=False)
-            run.log("train", fit=key, step=done, steps=steps, loss=sum(means.values()), **means)
+            line = dict(event="train", fit=key, step=done, steps=steps, loss=sum(means.values()), **means)
         if caught or done in stops:
             state.update(key=key, step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
                          schedule=schedule.state_dict(), totals=totals)
-            run.save(state)
+            run.save(state, **line)
         if caught:
-            bar.close()
             run.leave(caught)
 
 
@@ -336,9 +334,11 @@ def detect_one(args) -> None:
     model = build_detector(encoder, len(saved["classes"]), **saved["sizes"])
     model.load_state_dict(saved["state"])
     try:
-        image = vision.pil_to_tensor(ImageOps.exif_transpose(Image.open(args.detect)).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SystemExit(f"cannot read {args.detect}: {error}")
+        image = vision.pil_to_tensor(data.read_image(args.detect, upright=True))
+    except data.Unreadable as error:
+        raise SystemExit(str(error))
+    if max(image.shape[1:]) > 100 * min(image.shape[1:]):  # resized, nothing would be left of the shorter side
+        raise SystemExit(f"{args.detect}: {image.shape[2]} x {image.shape[1]} pixels are too narrow for a detector")
     with torch.no_grad():
         found = model.eval()(prepare([image], torch.device("cpu")))[0]
     for box, label, score in zip(*(found[k].tolist() for k in ("boxes", "labels", "scores"))):
@@ -391,7 +391,7 @@ def parse_args(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     args.data, args.phase = args.data or "voc", [p for p in ("frozen", "finetuned") if p in args.phase]
     parser.check_ranges(args, dict(
-        side=(32, 1e4), color_drop=(0, 1), proposals=(1, 1e4), regions=(4, 1e4), epochs=(1e-3, 1e6), seed=(0, 2**62),
+        side=(32, 1e4), color_drop=(0, 1), proposals=(1, 1e4), regions=(4, 1e4), epochs=(1e-3, 1e6),
         finetune_epochs=(1e-3, 1e6), lr=(1e-12, 1e3), finetune_lr=(1e-12, 1e3), weight_decay=(0, 1)))
     return args, encoders
 
@@ -407,8 +407,8 @@ def main(args, encoders) -> None:
     if len(train_set) < dist.get_world_size():
         raise SystemExit(f"{args.data} has {len(train_set)} training images, fewer than processes")
     truths = [test_set.truth(i) for i in range(len(test_set))]
-    run = Run(args, images=len(train_set), encoder_sha256=[e.sha256 for e in encoders])
-    state = run.start(classes=train_set.classes) or {"done": {}, "solution": {}}
+    run = Run(args, images_sha256=data.fingerprint(train_set, test_set), encoder_sha256=[e.sha256 for e in encoders], bf16=bf16)
+    state = run.start(images=len(train_set), classes=train_set.classes) or {"done": {}, "solution": {}}
     sizes = dict(side=args.side, tiny=args.tiny, proposals=args.proposals, regions=args.regions)
     if run.is_main:
         print(f"{len(train_set)} training and {len(test_set)} test images, {len(train_set.classes)} classes, shorter side "
@@ -435,7 +435,6 @@ def main(args, encoders) -> None:
             detections = detect_all(args, model, test_set, device, run)
             result = dict(encoder=encoder.name, arch=encoder.arch, phase=phase, seed=args.seed,
                           seconds=round(time.time() - clock, 1), **average_precisions(detections, truths, test_set.classes))
-            run.log("result", **result)
             if run.is_main:
                 write_voc(run.folder / key, detections, test_set)
                 save_picture(run.folder / key / "test.png", test_set, detections)
@@ -447,10 +446,10 @@ def main(args, encoders) -> None:
             done = state["done"] | {key: result}
             state.clear()
             state.update(done=done, solution={key: copy.deepcopy(model.state_dict())} if phase == "frozen" else {})
-            run.save(state)
+            run.save(state, "result", **result)
     if run.is_main:
         print_table(state["done"], test_set.classes)
 
 
 if __name__ == "__main__":
-    one_line(main, *parse_args())
+    one_line(parse_args, main)

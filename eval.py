@@ -18,6 +18,7 @@ Shapes: B batch, G grid side, D latent channels.
 """
 
 import math
+import os
 import random
 import statistics
 import time
@@ -311,7 +312,7 @@ def fit(bench: Bench, model: Classifier, task: Task, recipe: Recipe, stage: str,
         optimizer.step()
         schedule.step()
         totals += torch.stack((loss.detach(), torch.ones_like(loss)))
-        caught = run.stop_signal()
+        caught, line = run.stop_signal(), {}
         if done in tests:
             dist.all_reduce(totals)
             mean = (totals[0] / totals[1]).item()
@@ -327,13 +328,12 @@ def fit(bench: Bench, model: Classifier, task: Task, recipe: Recipe, stage: str,
                 if top1 > best_top1:
                     best, best_top1 = copied(), top1
             bar.set_postfix_str(shown, refresh=False)
-            run.log("train", fit=key, step=done, steps=steps, loss=mean, held_out=top1)
+            line = dict(event="train", fit=key, step=done, steps=steps, loss=mean, held_out=top1)
         if caught or done in tests:
             state.update(key=key, step=done, part=part.state_dict(), optimizer=optimizer.state_dict(), totals=totals,
                          schedule=schedule.state_dict(), best=best, best_top1=best_top1)
-            run.save(state)
+            run.save(state, **line)
         if caught:
-            bar.close()
             run.leave(caught)
     if best:
         part.load_state_dict(best)
@@ -393,7 +393,7 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
         if model.frozen:
             assert_unchanged(model.encoder, before)
         if trial:
-            run.log("trial", fit=key, **done)
+            line = dict(event="trial", fit=key, **done)
         else:
             if start_top1 is not None and held_top1 == start_top1:  # still the fixed solution, which has been tested
                 top1, top5 = (state["done"][key.replace("/finetuned/", "/frozen/")][k] for k in ("top1", "top5"))
@@ -402,11 +402,11 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
             done |= dict(encoder=source.name, arch=source.arch, head="linear" if source.supervised else args.head,
                          finetuned=not model.frozen, labels=task.labels, labelled_images=len(task.train),
                          held_out_images=len(task.held_out), seed=task.seed, top1=round(top1, 3), top5=round(top5, 3))
-            run.log("result", **done)
+            line = dict(event="result", **done)
         finished, solution = state["done"] | {key: done}, {key: model.head.state_dict()} if stage == "frozen" else {}
         state.clear()  # what `fit` kept there
         state.update(done=finished, solution=solution)
-        run.save(state)
+        run.save(state, **line)
     return key
 
 
@@ -473,7 +473,7 @@ TINY = dict(tiny=True, crop=32, epochs=1, finetune_epochs=0.5, min_steps=60, fin
             held_out=0.05)
 # ours: from random weights it takes longer: so many times the first stage's steps, or both stages' if that is more
 SUPERVISED = 2.5
-TINY_LINEAR = dict(epochs=4, min_steps=0, lr=5e-3, held_out=0.0)
+TINY_LINEAR = dict(epochs=3, min_steps=0, lr=5e-3, held_out=0.0)
 
 
 def parse_args(argv: list[str] | None = None):
@@ -553,7 +553,7 @@ def check_args(parser: Parser, args):
     if args.sweep and not args.held_out:
         parser.error("--sweep needs held-out images to select by: pass --held-out")
     parser.check_ranges(args, dict(
-        labels=(1e-9, 1), held_out=(0, 0.5), sweep=(0, 1e6), seeds=(1, 1e6), seed=(0, 2**61), epochs=(1e-3, 1e6),
+        labels=(1e-9, 1), held_out=(0, 0.5), sweep=(0, 1e6), seeds=(1, 1e6), epochs=(1e-3, 1e6),
         finetune_epochs=(1e-3, 1e6), min_steps=(0, 1e9), lr=(1e-12, 1e3), finetune_lr=(1e-12, 1e3), weight_decay=(0, 1),
         dropout=(0, 0.99), crop=(1, 1e5), min_area=(0.001, 1), color_drop=(0, 1)))
     return args
@@ -587,14 +587,14 @@ def main(args, encoders) -> None:
         raise SystemExit(f"--held-out {args.held_out} of {len(train_set)} images in {len(train_set.classes)} classes "
                          f"is none: raise it, or pass 0 for a fixed schedule")
     sources = find_sources(args, encoders)
-    run = Run(args, images=len(train_set), encoder_sha256=[e.sha256 for e in encoders])
-    state, recipes = run.start(classes=len(train_set.classes)) or {"done": {}, "solution": {}}, {}
+    run = Run(args, images_sha256=data.fingerprint(train_set, test_set), encoder_sha256=[e.sha256 for e in encoders], bf16=bf16)
+    state, recipes = run.start(images=len(train_set), classes=len(train_set.classes)) or {"done": {}, "solution": {}}, {}
     if run.is_main:
         names = data.image_names(train_set)
         for task in sum(tasks.values(), []):
             for name, subset in ((f"labels-{task.labels:g}", task.train), ("held-out", task.held_out)):
                 file = run.folder / f"{name}-seed-{task.seed}.txt"
-                file.write_text("".join(names[i] + "\n" for i in subset.indices))
+                file.write_bytes(os.fsencode("".join(names[i] + "\n" for i in subset.indices)))
     for seed in tasks:
         for source in sources:
             bench = Bench(args, source, device, bf16)
@@ -614,4 +614,4 @@ def main(args, encoders) -> None:
 
 
 if __name__ == "__main__":
-    one_line(main, *parse_args())
+    one_line(parse_args, main)

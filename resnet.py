@@ -10,6 +10,7 @@ Shapes: N patches or images, B batch, G grid side, P patch side, D channels of t
 
 import argparse
 import copy
+import errno
 import fcntl
 import hashlib
 import json
@@ -33,6 +34,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
 # Architectures
@@ -106,9 +108,8 @@ class Bottleneck(nn.Module):
         shortcut = x
         if self.project is not None:  # at a stride: every other position, faster on a CPU than a strided 1x1
             shortcut = self.project(F.avg_pool2d(h, 1, 2) if self.conv2.stride == (2, 2) else h)
-        h = self.conv1(h)
-        h = self.conv2(F.relu(self.norm2(h)))
-        return shortcut + self.conv3(F.relu(self.norm3(h)))
+        h = self.conv2(F.relu(self.norm2(self.conv1(h)), inplace=True))
+        return self.conv3(F.relu(self.norm3(h), inplace=True)) + shortcut
 
 
 class Encoder(nn.Module):
@@ -207,7 +208,8 @@ def load_file(path: Path, kind: str) -> dict:
     except FileNotFoundError:
         raise SystemExit(f"no {kind} at {path}")
     except Exception as error:  # torch.load's failures on foreign bytes have no common base class
-        raise SystemExit(f"{path} is damaged or not ours ({type(error).__name__})")
+        again = {"encoder": ": make it again with cpc.py", "detector": ": make it again with detect.py"}.get(kind, "")
+        raise SystemExit(f"{path} is damaged or not ours ({type(error).__name__}){again}")
     if not isinstance(saved, dict) or saved.get("kind") != kind:
         raise SystemExit(f"{path} is not our {kind} file")
     if saved.get("format") != FORMAT:
@@ -258,7 +260,7 @@ class TorchvisionGrid(nn.Module):
             try:
                 model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
             except Exception as error:  # foreign bytes, another model's weights: no common base class
-                reason = str(error).splitlines()[0]
+                reason = " ".join(str(error).split())[:200]
                 raise SystemExit(f"{weights} does not hold torchvision's weights of {name}: {reason}")
         layer = next((layer for layer in layers if hasattr(model, layer)), None)
         if layer is None:
@@ -305,6 +307,8 @@ def find_encoders(parser: argparse.ArgumentParser, names: list[str],
         if name != "random" and not name.startswith("torchvision:"):
             if not os.path.exists(name):
                 parser.error(f"no encoder at {name}: run cpc.py first, or pass --encoder FILE")
+            if os.path.isdir(name):
+                parser.error(f"--encoder {name} is a folder: pass {name.rstrip('/')}/encoder.pt")
             files[name] = load_encoder(name)
     found = []
     for name in names:
@@ -378,13 +382,16 @@ class Parser(argparse.ArgumentParser):
 
     def check_ranges(self, args: argparse.Namespace, ranges: dict[str, tuple[float, float]]) -> None:
         """Exit with one line on a flag out of its range, or a batch that does not divide."""
-        for name, (low, high) in ranges.items():
-            value = getattr(args, name)
+        for name in ("data", "out"):
+            if getattr(args, name) == "":
+                self.error(f"--{name} is empty: pass a folder")
+        for name, (low, high) in (ranges | {"workers": (0, 1024)} | {"seed": (0, 2**61)}).items():
+            value = getattr(args, name) or 0  # --workers has no default
             if not all(low <= v <= high for v in (value if isinstance(value, list) else [value])):
                 self.error(f"--{name.replace('_', '-')} {value} is not between {low:g} and {high:g}")
         world = int(os.environ.get("WORLD_SIZE", 1))
         if args.batch_size < 1 or args.batch_size % world:
-            self.error(f"--batch-size {args.batch_size} does not divide among {world} processes")
+            self.error(f"--batch-size {args.batch_size} is not a positive multiple of the number of processes, {world}")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -394,14 +401,36 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def one_line(main: Callable, *args) -> None:
-    """Run a script; what the system refuses (a full disk, no memory) ends it with one line."""
+KNOWN = {  # errors of torch that a user can do something about
+    "can't allocate memory": "memory is full: lower --batch-size or --workers, or use more processes",
+    "CUDA out of memory": "the GPU's memory is full: lower --batch-size, or use more GPUs",
+    "DataLoader worker": "a data loading process was killed: if memory is full, lower --workers; --resume continues",
+    "gloo": "lost the connection to another process of this run, whose own message says why"}
+
+
+def one_line(parse_args: Callable, main: Callable) -> None:
+    """A script from its command line to its end; what a user or the system causes ends it with one line."""
     try:
-        main(*args)
+        args = parse_args()
+        main(*(args if isinstance(args, tuple) else (args,)))
+    except KeyboardInterrupt:  # there is no run yet that could be saved
+        raise SystemExit(130)
     except OSError as error:
-        raise SystemExit(f"{error.strerror or error}{f': {error.filename}' * bool(error.filename)}")
-    except torch.OutOfMemoryError:
-        raise SystemExit("the GPU's memory is full: lower --batch-size, or use more GPUs")
+        where = error.filename or "in the folder of --out" * (error.errno == errno.ENOSPC)
+        raise SystemExit(f"{error.strerror or error}{f': {where}' if where else ''}")
+    except (RuntimeError, MemoryError) as error:
+        known = "can't allocate memory" if isinstance(error, MemoryError) else next((k for k in KNOWN if k in str(error)), None)
+        if not known:
+            raise
+        raise SystemExit(f"{KNOWN[known]} ({' '.join(str(error).split())[:200] or type(error).__name__})")
+    finally:
+        end_bars()
+
+
+def end_bars() -> None:
+    """Progress bars that are still drawn keep their line, what is printed next gets its own."""
+    for bar in list(tqdm._instances):
+        bar.close()
 
 
 def git_commit() -> str | None:
@@ -420,20 +449,22 @@ class Run:
     Refuses a folder that another run has used or is using, unless it resumes that very run: the
     arguments must be the same, but for where and how it runs. What one torchrun starts again (a process
     has died, a node has come or gone) resumes by itself. SIGTERM and SIGINT are caught, for
-    `stop_signal` to pick up between two steps; a second one ends the process at once.
+    `stop_signal` to pick up between two steps; another one, later, ends the process at once.
     """
 
-    ELSEWHERE = {"out", "resume", "workers", "checkpointing", "compile", "benchmark", "save_every"}  # where and how
-    BEFORE = "checkpoint-before.pt"
+    ELSEWHERE = {"data", "out", "resume", "workers", "checkpointing", "compile", "benchmark", "save_every"}  # where and how
+    BEFORE, START = "checkpoint-before.pt", b'{"event": "start"'
+    SAME = 2.0  # ours: seconds in which a second signal is the first's, which a job's processes get from all sides
 
     def __init__(self, args: argparse.Namespace, **facts):
         """facts: what else must be the same for a run to be continued (its images, its encoder)."""
-        self.folder, self.signal = Path(args.out), 0
+        self.folder, self.signal, self.caught = Path(args.out), 0, 0.0
         self.args, self.facts = dict(vars(args)), facts
         self.is_main = dist.get_rank() == 0
         self.launcher = os.environ.get("TORCHELASTIC_RUN_ID")  # --rdzv-id; None without torchrun
-        if self.launcher == "none":
-            self.launcher = f"process {os.getppid()}"
+        if self.launcher == "none":  # not given: the folder that each torchrun makes for its processes' errors
+            file = os.environ.get("TORCHELASTIC_ERROR_FILE") or f"{os.getppid()}/attempt/rank/error.json"
+            self.launcher = Path(file).parents[2].name
         verdict = [self._open(args.resume) if self.is_main else None]
         dist.broadcast_object_list(verdict)  # rank 0 decides, so that all ranks leave together
         error, self.resume = verdict[0]
@@ -446,30 +477,40 @@ class Run:
         """Take the folder; what is wrong with it, and whether to resume."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / "log.jsonl", "a+")
+            self.file = open(self.folder / "log.jsonl", "ab+")
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a data loader's processes do not share it
         except BlockingIOError:
             return f"another run is writing to {self.folder}: pass another --out", resume
         except OSError as error:
-            return f"cannot use --out {self.folder}: {error.strerror}", resume
+            reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
+            return f"cannot use --out {self.folder}: {reason}", resume
         self.file.seek(0)
-        last = re.findall(r'"launcher": "(.*?)"', text := self.file.read())[-1:]
-        resume = resume or last == [self.launcher]
-        if not resume and (text or any((self.folder / name).exists() for name in ("checkpoint.pt", "encoder.pt", "model.pt"))):
+        lines, there = self.file.read().splitlines(), lambda *names: any((self.folder / name).exists() for name in names)
+        last = re.findall(rb'"launcher": "(.*?)"', b"\n".join(lines))[-1:]
+        resume = resume or last == [str(self.launcher).encode()]
+        if not resume and (lines or there("checkpoint.pt", "encoder.pt", "model.pt")):
             return f"{self.folder} holds a run: pass --resume to continue it, or another --out", resume
+        begun = [line for line in lines if line.endswith(b"}") and not line.startswith(self.START)]
+        if (begun or there("encoder.pt", "model.pt")) and not there("checkpoint.pt", self.BEFORE):
+            return f"{self.folder} holds a run that has lost its checkpoint: pass another --out", resume
         return None, resume
+
+    def _write(self, text: str) -> None:
+        try:
+            self.file.seek(0, os.SEEK_END)
+            self.file.write(text.encode())
+            self.file.flush()
+        except OSError as error:
+            raise SystemExit(f"cannot write {self.folder}/log.jsonl: {error.strerror}")
 
     def log(self, event: str, **fields) -> None:
         """Append one JSON line, on rank 0."""
         if self.is_main:
-            try:
-                print(json.dumps({"event": event, **fields}), file=self.file, flush=True)
-            except OSError as error:
-                raise SystemExit(f"cannot write {self.folder}/log.jsonl: {error.strerror}")
+            self._write(json.dumps({"event": event, **fields}) + "\n")
 
     def start(self, **fields) -> dict | None:
         """The checkpoint to continue from when resuming, else None; logs the first line."""
-        path, state = self.folder / "checkpoint.pt", None
+        path, state, log = self.folder / "checkpoint.pt", None, (0, "")
         if not path.exists():  # killed while one replaced the other
             path = self.folder / self.BEFORE
         if self.resume and path.exists():
@@ -483,27 +524,43 @@ class Run:
                 if saved["args"].get(key) != now:
                     raise SystemExit(f"{path} was made with {key.replace('_', '-')} {saved['args'].get(key)}, "
                                      f"not {now}: use the same, or another --out")
-            state = saved["state"]
+            state, log = saved["state"], saved["log"]
+        if self.is_main:
+            self._rewind(*log)
         self.log("start", args=self.args, **self.facts, **fields, resumed=state is not None, launcher=self.launcher,
                  commit=git_commit(), python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__,
                  world_size=dist.get_world_size(), time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         return state
+
+    def _rewind(self, size: int, line: str) -> None:
+        """The log as of a checkpoint: its first `size` bytes and `line`. What was done after it will be done
+        again, and half a line is of no use; that there were starts is kept."""
+        size = min(size, self.file.seek(0, os.SEEK_END))
+        self.file.seek(size)
+        starts = [row.decode() for row in self.file.read().splitlines(keepends=True)
+                  if row.startswith(self.START) and row.endswith(b"\n")]
+        self.file.truncate(size)
+        self._write(line + "".join(starts))
 
     def _identity(self) -> dict:
         """What must be the same for a run to be continued."""
         same = {k: v for k, v in self.args.items() if k not in self.ELSEWHERE}
         return same | self.facts | {"processes": dist.get_world_size()}
 
-    def save(self, state: dict) -> None:
-        """Replace the checkpoint, on rank 0. state: tensors and plain values."""
+    def save(self, state: dict, event: str | None = None, **fields) -> None:
+        """Replace the checkpoint, on rank 0, and append a line to the log if there is an event: killed between
+        the two, a resumed run finds the line in the checkpoint. state: tensors and plain values."""
         if self.is_main:
-            atomic_save({"kind": "checkpoint", "format": FORMAT, "args": self._identity(), "state": state},
-                        self.folder / "checkpoint.pt", self.folder / self.BEFORE)
+            line = json.dumps({"event": event, **fields}) + "\n" if event else ""
+            atomic_save({"kind": "checkpoint", "format": FORMAT, "args": self._identity(), "state": state,
+                         "log": (self.file.seek(0, os.SEEK_END), line)}, self.folder / "checkpoint.pt", self.folder / self.BEFORE)
+            self._write(line)
 
     def _on_signal(self, number, frame) -> None:
-        if self.signal:
+        if not self.signal:
+            self.signal, self.caught = number, time.monotonic()
+        elif time.monotonic() - self.caught > self.SAME:
             os._exit(128 + number)
-        self.signal = number
 
     def stop_signal(self) -> int:
         """The signal any rank has caught, 0 for none. All ranks must ask at the same step."""
@@ -513,6 +570,7 @@ class Run:
 
     def leave(self, number: int) -> None:
         """End after a caught signal and a save: one line, and the conventional exit code."""
+        end_bars()
         if self.is_main:
             print(f"stopped by {signal.Signals(number).name}, state saved: "
                   f"the same command with --resume continues", file=sys.stderr)

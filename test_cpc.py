@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -33,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from torchvision import models
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from tqdm import tqdm
 
 import cpc
 import data
@@ -335,6 +337,8 @@ def folder(tmp_path_factory):
             place.mkdir(parents=True, exist_ok=True)
             image = to_pil_image(shapes[i][0]).resize((40 + i, 36))
             image.convert("L" if i == 3 else "RGB").save(place / f"{i}.{'jpg' if i % 3 else 'png'}")
+    if sys.platform == "linux":  # where a name may be any bytes
+        (root / "train" / "class 1" / "5.jpg").rename(root / "train" / "class 1" / os.fsdecode(b"5\xff.jpg"))
     return root
 
 
@@ -368,6 +372,17 @@ def test_folders(folder, tmp_path):
         shutil.rmtree(broken / split / "class 1")
     with pytest.raises(SystemExit, match="holds one class"):
         evaluation.main(*evaluation.parse_args(["--tiny", "--supervised", "--data", str(broken)]))
+
+
+def test_images_are_the_same_wherever_they_lie(folder, tmp_path):
+    """What a resumed run asks: their number, names and classes."""
+    shutil.copytree(folder, tmp_path / "copy")
+    digests = lambda root: [data.fingerprint(data.load_dataset(str(root), split, 32)) for split in ("pretrain", "train", "test")]
+    before = digests(folder)
+    assert digests(f"{tmp_path / 'copy'}/") == before and len(set(before)) == 3
+    (tmp_path / "copy" / "train" / "class 0" / "2.jpg").rename(tmp_path / "copy" / "train" / "class 1" / "2.jpg")
+    assert [a == b for a, b in zip(before, digests(tmp_path / "copy"))] == [False, False, True]
+    assert data.fingerprint(data.Shapes("train"), data.Shapes("test")) != data.fingerprint(data.Shapes("train"))
 
 
 def test_any_image_file_becomes_rgb(tmp_path, monkeypatch):
@@ -585,8 +600,8 @@ def test_subset_lists(folder, tmp_path):
     train = data.load_dataset(str(folder), "train", 32)
     names, path = data.image_names(train), tmp_path / "list.txt"
     assert len(set(names)) == 40 and "0.png" in names
-    path.write_text("\n".join([names[7], names[3], "class 0/2.jpg", ""]))
-    assert data.read_subset(path, train) == sorted({3, 7, names.index("2.jpg")})
+    path.write_bytes(os.fsencode("\n".join([*names[:30], "class 0/2.jpg", ""])))
+    assert data.read_subset(path, train) == list(range(30)) and names.index("2.jpg") < 20
     for bad in ("../../secret.jpg", "/etc/passwd", ""):
         path.write_text(bad)
         with pytest.raises(SystemExit, match="name no training image .NAME"):
@@ -632,7 +647,7 @@ def fit_cell(bench, held_out=20):
     """One cell of the table, without a folder: what `classify` logged."""
     shapes, logged = data.Shapes("train"), []
     run = SimpleNamespace(is_main=False, log=lambda event, **fields: logged.append((event, fields)),
-                          save=lambda state: None, stop_signal=lambda: 0)
+                          save=lambda state, event=None, **fields: logged.append((event, fields)), stop_signal=lambda: 0)
     recipe = evaluation.Recipe(epochs=4, min_steps=0, batch_size=8, lr=0.05, weight_decay=0.0, dropout=0.0)
     task = evaluation.Task(0.1, 0, 10, Subset(shapes, range(24)), Subset(shapes, range(100, 100 + held_out)),
                            Subset(data.Shapes("test"), range(20)))
@@ -970,7 +985,7 @@ def make_detector(encoder, *flags):
     return args, network, model.to(memory_format=torch.channels_last)
 
 
-QUIET = SimpleNamespace(is_main=False, log=lambda *a, **k: None, save=lambda state: None, stop_signal=lambda: 0)
+QUIET = SimpleNamespace(is_main=False, log=lambda *a, **k: None, save=lambda *a, **k: None, stop_signal=lambda: 0)
 
 
 def test_one_image_is_learned_and_the_frozen_trunk_is_not_touched(encoder_file, voc):
@@ -1127,7 +1142,7 @@ def test_few_labels_command(few_labels):
     assert sorted(cells) == sorted((*row, f, s) for row in rows for f in (0.25, 1.0) for s in (0, 1))
     assert {(r["labels"], r["labelled_images"], r["held_out_images"]) for r in results} == {(0.25, 10, 8), (1.0, 32, 8)}
     assert len(events(out, "trial")) == 2 * 2 * 2  # a row and fraction each, on the first seed's labels
-    few, all_, held = ([(out / f"{name}-seed-{s}.txt").read_text().split() for s in (0, 1)]
+    few, all_, held = ([(out / f"{name}-seed-{s}.txt").read_bytes().split(b"\n")[:-1] for s in (0, 1)]
                        for name in ("labels-0.25", "labels-1", "held-out"))
     for seed in (0, 1):
         assert set(few[seed]) < set(all_[seed]) and not set(all_[seed]) & set(held[seed]) and len(held[seed]) == 8
@@ -1153,7 +1168,7 @@ def test_resumed_evaluation_is_exact_and_repeats_nothing(few_labels, trained, tm
 def test_fixed_schedule_and_subset_list(trained, folder, tmp_path):
     """--held-out 0: no label is seen but the listed ones."""
     names = data.image_names(data.load_dataset(str(folder), "train", 32))
-    (tmp_path / "list.txt").write_text("\n".join(names[:12]))
+    (tmp_path / "list.txt").write_bytes(os.fsencode("\n".join(names[:12])))
     done = run("eval.py", "--encoder", trained / "encoder.pt", "--subset", tmp_path / "list.txt", "--held-out", 0,
                "--epochs", 0.5, "--finetune-epochs", 0.5, "--min-steps", 4, "--batch-size", 8, "--out", tmp_path / "e")
     assert done.returncode == 0, done.stderr
@@ -1189,8 +1204,10 @@ def test_detection_command(detected, tmp_path):
     to_pil_image(data.Shapes("test", 64)[0][0]).convert("P").save(picture)
     detect.main(*detect.parse_args(["--detect", str(picture), "--out", str(out)]))
     assert min(Image.open(out / "detected-mine.png").size) == 256
-    with pytest.raises(SystemExit, match="cannot read .*model.pt"):
-        detect.main(*detect.parse_args(["--detect", str(out / "model.pt"), "--out", str(out)]))
+    Image.new("RGB", (1, 3000)).save(tmp_path / "line.png")
+    for path, message in ((out / "model.pt", "model.pt cannot be read"), (tmp_path / "line.png", "1 x 3000 pixels are too narrow")):
+        with pytest.raises(SystemExit, match=message):
+            detect.main(*detect.parse_args(["--detect", str(path), "--out", str(out)]))
 
 
 def test_resumed_detection_is_exact_and_repeats_nothing(detected, trained, voc, tmp_path):
@@ -1285,6 +1302,11 @@ def test_what_a_run_may_continue(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getppid", lambda: 1)  # another torchrun
     with pytest.raises(SystemExit, match="holds a run"):
         start()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_a/none_b/attempt_0/0/error.json")
+    assert start(resume=True)[1] == start()[1] == {"step": 2}
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_a/none_c/attempt_0/0/error.json")
+    with pytest.raises(SystemExit, match="holds a run"):
+        start()
     last = tmp_path / "run" / "checkpoint.pt"
     for content in (last.read_bytes()[:-100], b"", b"PK not a checkpoint"):
         last.write_bytes(content)
@@ -1301,6 +1323,77 @@ def test_what_a_run_may_continue(tmp_path, monkeypatch):
         start(out=str(tmp_path / "other"))
     with pytest.raises(SystemExit, match="cannot use --out /dev/null/run: Not a directory"):
         start(out="/dev/null/run")
+
+
+def test_a_log_is_what_the_checkpoint_knows(tmp_path):
+    """Killed between a checkpoint and its line, within the line, or later: no line is lost, none is there twice."""
+    def resume():
+        run = resnet.Run(SimpleNamespace(out=str(tmp_path), resume=True))
+        return run, run.start()
+
+    log, (run, _) = tmp_path / "log.jsonl", resume()
+    run.log("train", step=1)
+    run.save({"step": 2}, "epoch", epoch=1)
+    whole = log.read_bytes()
+    start, train, epoch = whole.splitlines(keepends=True)
+    later = start + train + epoch + start + epoch + start[:40]
+    for killed, expected in ((whole, [start, train, epoch]), (whole[:-9], [start, train, epoch]), (start + train, [start, train, epoch]),
+                             (later, [start, train, epoch, start])):
+        log.write_bytes(killed)
+        run, state = resume()
+        assert state == {"step": 2}
+        assert log.read_bytes().splitlines(keepends=True)[:-1] == expected
+        assert [e["event"] for e in events(tmp_path, "start")[-1:]] == ["start"]
+    for name in ("checkpoint.pt", "checkpoint-before.pt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    del run  # its lock
+    with pytest.raises(SystemExit, match="holds a run that has lost its checkpoint"):
+        resume()
+    log.write_bytes(start + start[:40])  # it never had one
+    assert resume()[1] is None and len(events(tmp_path, "start")) == 2
+
+
+def test_a_signal_may_come_from_all_sides(tmp_path, monkeypatch):
+    """torchrun passes on what the terminal has sent to all: once is a wish to save, again and later to leave."""
+    handlers, ends = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    try:
+        run = resnet.Run(SimpleNamespace(out=str(tmp_path), resume=False))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert run.stop_signal() == signal.SIGTERM and not ends
+        run.caught -= 10
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ends == [130]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_what_the_system_does_ends_in_one_line(capfd):
+    """And not behind a progress bar."""
+    def killed_worker():
+        batches = data.TrainBatches(40, 8, 0, 0, 10)
+        for _ in data.load_batches(data.Shapes("train"), data.image_transform("inception", 32), batches, CPU, workers=1):
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    def fail(error):
+        tqdm([], desc="training", total=3)
+        raise error
+
+    for cause, message in ((killed_worker, "a data loading process was killed: if memory is full, lower --workers"),
+                           (lambda: fail(MemoryError()), "memory is full: lower --batch-size"),
+                           (lambda: torch.empty(2**60), "memory is full: lower --batch-size"),
+                           (lambda: fail(OSError(28, "No space left on device")), "No space left on device: in the folder of --out"),
+                           (lambda: fail(RuntimeError("[gloo/pair.cc:1] Connection closed")), "lost the connection to another process"),
+                           (lambda: fail(KeyboardInterrupt()), 130), (lambda: fail(SystemExit("refused")), "refused")):
+        with pytest.raises(SystemExit) as end:
+            resnet.one_line(lambda: (), cause)
+        assert end.value.code == message or end.value.code.startswith(message)
+        error = capfd.readouterr().err
+        assert not error or "training" in error and error.endswith("\n")
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        resnet.one_line(lambda: (), lambda: fail(RuntimeError("a mistake of ours")))
 
 
 def test_two_processes(folder, voc, tmp_path):
@@ -1359,6 +1452,13 @@ def check_gradients():
     ("cpc.py", ["--data", "nowhere"], "no folder nowhere"),
     ("cpc.py", ["--tiny", "--stride", "7"], "crop 32, patch 8, stride 7"),
     ("cpc.py", ["--tiny", "--lengths", "2", "5"], "on a 5x5 grid"),
+    ("cpc.py", ["--tiny", "--lengths", "2", "2"], "and named once"),
+    ("cpc.py", ["--tiny", "--workers", "-5"], "--workers -5 is not between 0"),
+    ("cpc.py", ["--tiny", "--emb-scale", "nan"], "--emb-scale nan is not between"),
+    ("cpc.py", ["--tiny", "--data", ""], "--data is empty"),
+    ("cpc.py", ["--tiny", "--out", ""], "--out is empty"),
+    ("cpc.py", ["--tiny", "--batch-size", "0"], "--batch-size 0 is not a positive multiple"),
+    ("cpc.py", ["--tiny", "--warmup", "496"], "--warmup 496 is all of the 496 steps"),
     ("cpc.py", ["--tiny", "--arch", "resnet92"], "pass --stem 3x3"),
     ("cpc.py", ["--tiny", "--batch-size", "9000"], "4000 images, fewer than --batch-size 9000"),
     ("cpc.py", ["--tiny", "--color-drop", "2"], "--color-drop 2.0 is not between 0 and 1"),
@@ -1366,7 +1466,8 @@ def check_gradients():
     ("cpc.py", ["--tiny", "--norm", "group"], "invalid choice: 'group'"),
     ("cpc.py", ["--tiny", "--save-every", "0"], "--save-every 0 is not between 1"),
     ("cpc.py", ["--tiny", "--lr", "nan"], "--lr nan is not between"),
-    ("eval.py", ["--encoder", "/dev/null"], "/dev/null is damaged or not ours"),
+    ("eval.py", ["--encoder", "/dev/null"], "/dev/null is damaged or not ours (EOFError): make it again with cpc.py"),
+    ("eval.py", ["--encoder", "/dev/"], "/dev/ is a folder: pass /dev/encoder.pt"),
     ("eval.py", ["--encoder", "none.pt"], "no encoder at none.pt: run cpc.py first"),
     ("eval.py", ["--tiny", "--head", "none", "--supervised", "vgg"], "--supervised vgg is none of"),
     ("eval.py", ["--tiny", "--head", "none"], "--head none leaves nothing to train"),
