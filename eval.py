@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data
 from resnet import (ARCHITECTURES, STEMS, Bottleneck, Encoder, Parser, Representation, Run, assert_unchanged,
-                    find_encoders, fresh, learning_rate, one_line)
+                    find_encoders, fresh, learning_rate, one_line, save_encoder)
 
 # ---------------------------------------------------------------------------------------------
 # Classifiers h_psi: latents [B, D, G, G] -> logits [B, classes]
@@ -403,6 +403,10 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
                          finetuned=not model.frozen, labels=task.labels, labelled_images=len(task.train),
                          held_out_images=len(task.held_out), seed=task.seed, top1=round(top1, 3), top5=round(top5, 3))
             line = dict(event="result", **done)
+            if run.is_main and source.supervised and source.patch:  # Table 3: a trunk for detect.py with the same labels
+                geometry = dict(crop=source.crop, patch=source.patch, stride=source.stride, mean=data.MEAN, std=data.STD)
+                trained = vars(args) | dict(supervised=source.name, labels=task.labels, image_aug="inception", jitter=False, flip=0.0)
+                save_encoder(run.folder / f"{source.name}-{task.labels:g}-seed-{task.seed}.pt", model.encoder, geometry, trained)
         finished, solution = state["done"] | {key: done}, {key: model.head.state_dict()} if stage == "frozen" else {}
         state.clear()  # what `fit` kept there
         state.update(done=finished, solution=solution)

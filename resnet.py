@@ -279,7 +279,7 @@ class TorchvisionGrid(nn.Module):
 class Representation:
     """What one name on `--encoder` stands for."""
 
-    name: str  # cpc, random, torchvision: a result's "encoder"
+    name: str  # cpc, random, torchvision, or patched, from eval.py: a result's "encoder"
     arch: str
     make: Callable[[int], nn.Module]  # seed -> a new network with `features`, `out_channels` and `stride`
     file: dict | None = None  # what encoder.pt says beside the weights
@@ -316,7 +316,7 @@ def find_encoders(parser: argparse.ArgumentParser, names: list[str],
             encoder, file = files[name]
             arch = file["arch"] if len(files) == 1 else f"{file['arch']} {name}"
             make = partial(lambda encoder, seed: copy.deepcopy(encoder), encoder)
-            found.append(Representation("cpc", arch, make, file, digest(name)))
+            found.append(Representation(file["trained"].get("supervised", "cpc"), arch, make, file, digest(name)))
         elif name == "random":
             if not files:
                 parser.error("--encoder random takes its architecture from an encoder.pt: name one beside it")

@@ -645,10 +645,10 @@ def make_bench(encoder, *flags):
     return evaluation.Bench(args, evaluation.find_sources(args, encoders)[0], CPU, bf16=False)
 
 
-def fit_cell(bench, held_out=20):
+def fit_cell(bench, held_out=20, folder=None):
     """One cell of the table, without a folder: what `classify` logged."""
     shapes, logged = data.Shapes("train"), []
-    run = SimpleNamespace(is_main=False, log=lambda event, **fields: logged.append((event, fields)),
+    run = SimpleNamespace(is_main=folder is not None, folder=folder, log=lambda event, **fields: logged.append((event, fields)),
                           save=lambda state, event=None, **fields: logged.append((event, fields)), stop_signal=lambda: 0)
     recipe = evaluation.Recipe(epochs=4, min_steps=0, batch_size=8, lr=0.05, weight_decay=0.0, dropout=0.0)
     task = evaluation.Task(0.1, 0, 10, Subset(shapes, range(24)), Subset(shapes, range(100, 100 + held_out)),
@@ -781,6 +781,19 @@ def test_supervised_rows(encoder_file):
         assert torch.equal(network.conv1.weight, source.make(0).conv1.weight)
     one = data.normalise(images)
     assert torch.equal(sources[0].inputs(images, CPU), one)  # a whole image, uncut
+
+
+def test_a_supervised_encoder_may_be_a_trunk(encoder_file, tmp_path):
+    """Table 3's other row: what `patched` has learned is a file for --encoder, under its own name."""
+    bench = make_bench(encoder_file, "--head", "none", "--supervised", "patched")
+    fit_cell(bench, folder=tmp_path)
+    file = str(tmp_path / "patched-0.1-seed-0.pt")
+    (found,) = detect.parse_args(["--encoder", file])[1]
+    learned, fresh = found.make(0).state_dict(), bench.source.make(0).state_dict()
+    assert found.name == "patched" and found.file["norm"] == "batch" and found.file["trained"]["labels"] == 0.1
+    assert learned.keys() == fresh.keys() and not any(torch.equal(learned[k], fresh[k]) for k in fresh if "bias" not in k)
+    again = make_bench(file, "--head", "linear").source
+    assert (again.name, again.crop, again.patch, again.stride) == ("patched", 32, 8, 6)
 
 
 def test_sweep_selects_by_held_out_images_alone():
