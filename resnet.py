@@ -486,8 +486,8 @@ class Run:
             return f"cannot use --out {self.folder}: {reason}", resume
         self.file.seek(0)
         lines, there = self.file.read().splitlines(), lambda *names: any((self.folder / name).exists() for name in names)
-        last = re.findall(rb'"launcher": "(.*?)"', b"\n".join(lines))[-1:]
-        resume = resume or last == [str(self.launcher).encode()]
+        last = re.findall(rb'"launcher": (".*?")', b"\n".join(lines))[-1:]
+        resume = resume or last == [json.dumps(self.launcher).encode()]
         if not resume and (lines or there("checkpoint.pt", "encoder.pt", "model.pt")):
             return f"{self.folder} holds a run: pass --resume to continue it, or another --out", resume
         begun = [line for line in lines if line.endswith(b"}") and not line.startswith(self.START)]

@@ -1309,7 +1309,7 @@ def test_what_a_run_may_continue(tmp_path, monkeypatch):
         start(resume=True, seed=1)
     with pytest.raises(SystemExit, match="holds a run"):
         start(seed=0)
-    for name in ("job 7", "none"):  # --rdzv-id; without one, by torchrun's process
+    for name in ("job 7", "größe", "none"):  # --rdzv-id; without one, by torchrun's process
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
         with pytest.raises(SystemExit, match="holds a run"):
             start()
