@@ -282,13 +282,13 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
             run.leave(caught)
     bar.close()
 
-    if run.is_main:
+    if run.is_main and not (start == steps and (run.folder / "encoder.pt").exists()):  # not finished long ago
         encoder = average.module if args.average else model.encoder
         geometry = dict(crop=args.crop, patch=args.patch, stride=args.stride, mean=data.MEAN, std=data.STD)
-        save_encoder(run.folder / "encoder.pt", encoder, geometry, vars(args) | dict(steps=steps))
         save_retrieval(model, dataset, args, device, run.folder / "retrieval.png")
-        run.log("done", step=steps)
+        save_encoder(run.folder / "encoder.pt", encoder, geometry, vars(args) | dict(steps=steps))
         print(f"wrote {run.folder}/encoder.pt, patches.png, retrieval.png, log.jsonl")
+    run.log("done", step=steps)
 
 
 # ---------------------------------------------------------------------------------------------

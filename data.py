@@ -206,8 +206,11 @@ def read_image(path: str, upright: bool = False) -> Image.Image:
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     """Every folder and the files in it, links followed. Exits with one line at a folder that is reached in two
     ways: its images would count twice, and a circle has no end."""
+    def refuse(error: OSError):
+        raise SystemExit(f"cannot read {error.filename}: {error.strerror}")
+
     seen = set()
-    for folder, _, names in os.walk(root, followlinks=True):
+    for folder, _, names in os.walk(root, onerror=refuse, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             raise SystemExit(f"symbolic links under {root} lead to a folder twice, or in a circle: remove {folder}")
         seen.add(real)

@@ -346,7 +346,10 @@ def detect_one(args) -> None:
             print(f"{saved['classes'][label - 1]:16} {score:.2f}   {' '.join(f'{v:.0f}' for v in box)}")
     if not (found["scores"] >= 0.5).any():
         print("nothing that scores 0.5 or more")
-    path = Path(args.out) / f"detected-{Path(args.detect).stem}.png"
+    stem, n = f"detected-{Path(args.detect).stem}", 2
+    path = Path(args.out) / f"{stem}.png"
+    while path.exists():
+        path, n = path.with_name(f"{stem}-{n}.png"), n + 1
     save_image(draw(image, found, saved["classes"]) / 255, path)
     print(f"wrote {path}")
 

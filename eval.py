@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data
 from resnet import (ARCHITECTURES, STEMS, Bottleneck, Encoder, Parser, Representation, Run, assert_unchanged,
-                    find_encoders, fresh, learning_rate, one_line, save_encoder)
+                    find_encoders, fresh, learning_rate, one_line, save_encoder, sha256)
 
 # ---------------------------------------------------------------------------------------------
 # Classifiers h_psi: latents [B, D, G, G] -> logits [B, classes]
@@ -591,7 +591,8 @@ def main(args, encoders) -> None:
         raise SystemExit(f"--held-out {args.held_out} of {len(train_set)} images in {len(train_set.classes)} classes "
                          f"is none: raise it, or pass 0 for a fixed schedule")
     sources = find_sources(args, encoders)
-    run = Run(args, images_sha256=data.fingerprint(train_set, test_set), encoder_sha256=[e.sha256 for e in encoders], bf16=bf16)
+    run = Run(args, images_sha256=data.fingerprint(train_set, test_set), encoder_sha256=[e.sha256 for e in encoders], bf16=bf16,
+              subset_sha256=sha256(args.subset) if args.subset else None)
     state, recipes = run.start(images=len(train_set), classes=len(train_set.classes)) or {"done": {}, "solution": {}}, {}
     if run.is_main:
         names = data.image_names(train_set)

@@ -207,6 +207,8 @@ def load_file(path: Path, kind: str) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"no {kind} at {path}")
+    except OSError as error:
+        raise SystemExit(f"cannot read {path}: {error.strerror}")
     except Exception as error:  # torch.load's failures on foreign bytes have no common base class
         again = {"encoder": ": make it again with cpc.py", "detector": ": make it again with detect.py"}.get(kind, "")
         raise SystemExit(f"{path} is damaged or not ours ({type(error).__name__}){again}")
@@ -295,13 +297,17 @@ def fresh(build: Callable[..., nn.Module], *arguments) -> Callable[[int], nn.Mod
     return make
 
 
+def sha256(path: str) -> str:
+    """Of a file, the first 16 hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
 def find_encoders(parser: argparse.ArgumentParser, names: list[str],
                   layers: tuple[str, ...] = TorchvisionGrid.LAST) -> list[Representation]:
     """FILE: what cpc.py wrote; random: the first FILE's network, untrained;
     torchvision:MODEL[:WEIGHTS]: the first of `layers` that it has. Exits with one line on others."""
     if len(set(names)) < len(names):
         parser.error(f"--encoder {' '.join(names)}: each may be named once")
-    digest = lambda path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     files = {}
     for name in names:
         if name != "random" and not name.startswith("torchvision:"):
@@ -316,7 +322,7 @@ def find_encoders(parser: argparse.ArgumentParser, names: list[str],
             encoder, file = files[name]
             arch = file["arch"] if len(files) == 1 else f"{file['arch']} {name}"
             make = partial(lambda encoder, seed: copy.deepcopy(encoder), encoder)
-            found.append(Representation(file["trained"].get("supervised", "cpc"), arch, make, file, digest(name)))
+            found.append(Representation(file["trained"].get("supervised", "cpc"), arch, make, file, sha256(name)))
         elif name == "random":
             if not files:
                 parser.error("--encoder random takes its architecture from an encoder.pt: name one beside it")
@@ -331,7 +337,7 @@ def find_encoders(parser: argparse.ArgumentParser, names: list[str],
                 parser.error(f"--encoder {name}: no file {weights[0]}")
             make = fresh(TorchvisionGrid, model, *weights or [None], layers)
             make(0)  # so that what cannot be used is refused at once
-            found.append(Representation("torchvision", name.split(":", 1)[1], make, None, *map(digest, weights)))
+            found.append(Representation("torchvision", name.split(":", 1)[1], make, None, *map(sha256, weights)))
     return found
 
 
@@ -382,9 +388,9 @@ class Parser(argparse.ArgumentParser):
 
     def check_ranges(self, args: argparse.Namespace, ranges: dict[str, tuple[float, float]]) -> None:
         """Exit with one line on a flag out of its range, or a batch that does not divide."""
-        for name in ("data", "out"):
-            if getattr(args, name) == "":
-                self.error(f"--{name} is empty: pass a folder")
+        for name in ("data", "out", "subset"):
+            if getattr(args, name, None) == "":
+                self.error(f"--{name} is empty: pass a path")
         for name, (low, high) in (ranges | {"workers": (0, 1024)} | {"seed": (0, 2**61)}).items():
             value = getattr(args, name) or 0  # --workers has no default
             if not all(low <= v <= high for v in (value if isinstance(value, list) else [value])):
@@ -405,6 +411,7 @@ KNOWN = {  # errors of torch that a user can do something about
     "can't allocate memory": "memory is full: lower --batch-size or --workers, or use more processes",
     "CUDA out of memory": "the GPU's memory is full: lower --batch-size, or use more GPUs",
     "DataLoader worker": "a data loading process was killed: if memory is full, lower --workers; --resume continues",
+    "Output size is too small": "the images are too small for this network: raise --crop",
     "gloo": "lost the connection to another process of this run, whose own message says why"}
 
 
@@ -416,7 +423,7 @@ def one_line(parse_args: Callable, main: Callable) -> None:
     except KeyboardInterrupt:  # there is no run yet that could be saved
         raise SystemExit(130)
     except OSError as error:
-        where = error.filename or "in the folder of --out" * (error.errno == errno.ENOSPC)
+        where = error.filename or "in the folder of --out, or where the output goes" * (error.errno == errno.ENOSPC)
         raise SystemExit(f"{error.strerror or error}{f': {where}' if where else ''}")
     except (RuntimeError, MemoryError) as error:
         known = "can't allocate memory" if isinstance(error, MemoryError) else next((k for k in KNOWN if k in str(error)), None)
@@ -490,9 +497,9 @@ class Run:
         resume = resume or last == [json.dumps(self.launcher).encode()]
         if not resume and (lines or there("checkpoint.pt", "encoder.pt", "model.pt")):
             return f"{self.folder} holds a run: pass --resume to continue it, or another --out", resume
-        begun = [line for line in lines if line.endswith(b"}") and not line.startswith(self.START)]
+        begun = any(not line.startswith(self.START[:len(line)]) for line in lines)  # of the first, half may be written
         if (begun or there("encoder.pt", "model.pt")) and not there("checkpoint.pt", self.BEFORE):
-            return f"{self.folder} holds a run that has lost its checkpoint: pass another --out", resume
+            return f"{self.folder} holds a run without its checkpoint, or what is not ours: pass another --out", resume
         return None, resume
 
     def _write(self, text: str) -> None:
@@ -525,6 +532,10 @@ class Run:
                     raise SystemExit(f"{path} was made with {key.replace('_', '-')} {saved['args'].get(key)}, "
                                      f"not {now}: use the same, or another --out")
             state, log = saved["state"], saved["log"]
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, log)
+        if any(other != log for other in found):
+            raise SystemExit(f"not all processes find the same {path}: --out must be a folder that all nodes share")
         if self.is_main:
             self._rewind(*log)
         self.log("start", args=self.args, **self.facts, **fields, resumed=state is not None, launcher=self.launcher,
@@ -535,9 +546,10 @@ class Run:
     def _rewind(self, size: int, line: str) -> None:
         """The log as of a checkpoint: its first `size` bytes and `line`. What was done after it will be done
         again, and half a line is of no use; that there were starts is kept."""
-        size = min(size, self.file.seek(0, os.SEEK_END))
-        self.file.seek(size)
-        starts = [row.decode() for row in self.file.read().splitlines(keepends=True)
+        self.file.seek(0)
+        text = self.file.read()
+        size = text.rfind(b"\n", 0, size) + 1  # the same, unless somebody has edited it
+        starts = [row.decode() for row in text[size:].splitlines(keepends=True)
                   if row.startswith(self.START) and row.endswith(b"\n")]
         self.file.truncate(size)
         self._write(line + "".join(starts))
@@ -552,6 +564,7 @@ class Run:
         the two, a resumed run finds the line in the checkpoint. state: tensors and plain values."""
         if self.is_main:
             line = json.dumps({"event": event, **fields}) + "\n" if event else ""
+            os.fsync(self.file.fileno())  # never behind the checkpoint
             atomic_save({"kind": "checkpoint", "format": FORMAT, "args": self._identity(), "state": state,
                          "log": (self.file.seek(0, os.SEEK_END), line)}, self.folder / "checkpoint.pt", self.folder / self.BEFORE)
             self._write(line)

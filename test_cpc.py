@@ -144,8 +144,9 @@ def test_encoder_file(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(SystemExit, match="damaged"):
         resnet.load_encoder(path)
-    with pytest.raises(SystemExit, match="no encoder at"):
-        resnet.load_encoder(tmp_path / "none.pt")
+    for name, message in (("none.pt", "no encoder at"), ("", "cannot read .*: Is a directory")):
+        with pytest.raises(SystemExit, match=message):
+            resnet.load_encoder(tmp_path / name)
     for content, message in (({"state": {}}, "is not our encoder file"), ([], "is not our encoder file"),
                              ({"kind": "encoder", "format": 2}, "has format 2, this code reads 1: update it"),
                              ({"kind": "encoder", "format": 1, "arch": "resnet162"}, "holds a resnet162, which"),
@@ -342,7 +343,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def test_folders(folder, tmp_path):
+def test_folders(folder, tmp_path, monkeypatch):
     assert len(data.load_dataset(str(folder), "pretrain", 32)) == 40  # of train/ only
     train, test = (data.load_dataset(str(folder), split, 32) for split in ("train", "test"))
     assert train.classes == test.classes == ["class 0", "class 1"] and len(test) == 11
@@ -366,6 +367,17 @@ def test_folders(folder, tmp_path):
     for split in ("pretrain", "train"):
         with pytest.raises(SystemExit, match="symbolic links under .*broken.* lead to a folder twice, or in a circle"):
             data.load_dataset(str(broken), split, 32)
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("class 0"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", closed)
+        with pytest.raises(SystemExit, match="cannot read .*class 0: Permission denied"):
+            data.load_dataset(str(folder), "pretrain", 32)
     for name in ("again", "and again"):
         (broken / "train" / "class 0" / name).unlink()
     for split in ("train", "test"):
@@ -1101,13 +1113,16 @@ def test_pretraining_leaves_what_it_promises(trained):
     assert resnet.load_encoder(trained / "encoder.pt")[1]["trained"]["epochs"] == 2
 
 
-def test_a_run_is_never_overwritten(trained):
+def test_a_run_is_never_overwritten(trained, folder):
     before = (trained / "encoder.pt").read_bytes()
     done = run("cpc.py", *TINY, "--out", trained)
     assert done.returncode == 1 and "holds a run" in done.stderr and len(done.stderr.splitlines()) == 1
     done = run("cpc.py", *TINY, "--out", trained, "--lr", "1e-3", "--resume", "--data", "shapes")
     assert done.returncode == 1 and "was made with" in done.stderr and "Traceback" not in done.stderr
     assert (trained / "encoder.pt").read_bytes() == before
+    again = [*TINY, "--data", str(folder), "--out", str(trained), "--resume", "--workers", "1"]  # finished: nothing is left to do
+    cpc.main(cpc.parse_args(again))
+    assert (trained / "encoder.pt").read_bytes() == before and len(events(trained, "done")) == 1
 
 
 def test_benchmark_counts_what_pencil_and_paper_count(folder, tmp_path):
@@ -1191,6 +1206,11 @@ def test_fixed_schedule_and_subset_list(trained, folder, tmp_path):
     assert [(r["labels"], r["labelled_images"], r["held_out_images"], r["held_out_top1"]) for r in results] == [(0.3, 12, 0, None)] * 2
     assert (tmp_path / "e" / "labels-0.3-seed-0.txt").read_text().split("\n")[:-1] == sorted(names[:12], key=names.index)
     assert " 0 held-out" in done.stdout
+    (tmp_path / "list.txt").write_bytes(os.fsencode("\n".join(names[1:13])))
+    with pytest.raises(SystemExit, match="was made with subset-sha256"):
+        evaluation.main(*evaluation.parse_args(
+            ["--encoder", str(trained / "encoder.pt"), "--subset", str(tmp_path / "list.txt"), "--held-out", "0", "--epochs", "0.5",
+             "--finetune-epochs", "0.5", "--min-steps", "4", "--batch-size", "8", "--out", str(tmp_path / "e"), "--resume"]))
 
 
 DETECT = ["--epochs", "2", "--finetune-epochs", "1", "--batch-size", "2", "--regions", "8", "--proposals", "8"]
@@ -1217,8 +1237,9 @@ def test_detection_command(detected, tmp_path):
     assert min(Image.open(out / "random" / "finetuned" / "test.png").size) > 200
     picture = tmp_path / "mine.png"
     to_pil_image(data.Shapes("test", 64)[0][0]).convert("P").save(picture)
-    detect.main(*detect.parse_args(["--detect", str(picture), "--out", str(out)]))
-    assert min(Image.open(out / "detected-mine.png").size) == 256
+    for n in ("", "-2"):  # and nothing is drawn over
+        detect.main(*detect.parse_args(["--detect", str(picture), "--out", str(out)]))
+        assert min(Image.open(out / f"detected-mine{n}.png").size) == 256
     Image.new("RGB", (1, 3000)).save(tmp_path / "line.png")
     for path, message in ((out / "model.pt", "model.pt cannot be read"), (tmp_path / "line.png", "1 x 3000 pixels are too narrow")):
         with pytest.raises(SystemExit, match=message):
@@ -1362,10 +1383,35 @@ def test_a_log_is_what_the_checkpoint_knows(tmp_path):
     for name in ("checkpoint.pt", "checkpoint-before.pt"):
         (tmp_path / name).unlink(missing_ok=True)
     del run  # its lock
-    with pytest.raises(SystemExit, match="holds a run that has lost its checkpoint"):
+    with pytest.raises(SystemExit, match="holds a run without its checkpoint"):
         resume()
     log.write_bytes(start + start[:40])  # it never had one
-    assert resume()[1] is None and len(events(tmp_path, "start")) == 2
+    run, state = resume()
+    assert state is None and len(events(tmp_path, "start")) == 2
+    run.save({"step": 1}, "epoch", epoch=1)
+    for edited in (b"", log.read_bytes()[:-70], b'{"event": "note"}\n' + log.read_bytes(), b'{"event": "st'):  # by hand, or a node's crash
+        log.write_bytes(edited)
+        run, state = resume()
+        assert state == {"step": 1} and len(events(tmp_path, "start")) >= 1  # lines of JSON
+    (tmp_path / "checkpoint.pt").unlink()
+    del run
+    log.write_text("step,loss\n1,2.0\n")  # somebody's
+    with pytest.raises(SystemExit, match="what is not ours"):
+        resume()
+    assert log.read_text() == "step,loss\n1,2.0\n"
+
+
+def test_nodes_must_share_a_folder(tmp_path, monkeypatch):
+    """Each with its own, only the first would find the checkpoint."""
+    def gather(found, mine):
+        found[:] = [mine, (0, "")]
+
+    run = resnet.Run(SimpleNamespace(out=str(tmp_path), resume=True))
+    run.start()
+    run.save({"step": 1}, "epoch", epoch=1)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(SystemExit, match="not all processes find the same .*checkpoint.pt: --out must be"):
+        resnet.Run(SimpleNamespace(out=str(tmp_path), resume=True)).start()
 
 
 def test_a_signal_may_come_from_all_sides(tmp_path, monkeypatch):
@@ -1489,6 +1535,7 @@ def check_gradients():
     ("eval.py", ["--tiny", "--head", "none", "--supervised", "vgg"], "--supervised vgg is none of"),
     ("eval.py", ["--tiny", "--head", "none"], "--head none leaves nothing to train"),
     ("eval.py", ["--tiny", "--supervised", "--labels", "0", "--head", "none"], "--labels [0.0] is not between"),
+    ("eval.py", ["--tiny", "--supervised", "--subset", ""], "--subset is empty"),
     ("eval.py", ["--tiny", "--supervised", "--sweep", "4", "--held-out", "0"], "--sweep needs held-out images"),
     ("eval.py", ["--tiny", "--supervised", "patched"], "no encoder at runs/cpc/encoder.pt"),
     ("eval.py", ["--tiny", "--encoder", "torchvision:resnet19"], "torchvision has no such"),
