@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -1621,6 +1622,15 @@ def documented_commands():
              for line in text.splitlines()]
     pattern = re.compile(r'\s*(?:"?\$?python"?|\S*torchrun [^#]*?) (cpc|eval|detect)\.py\b([^#]*)')
     return [(m[1], shlex.split(m[2].replace("$s", "0"))) for m in map(pattern.match, lines) if m]
+
+
+def test_the_readme_names_what_there_is():
+    names = re.findall(r"`(data|resnet|cpc|eval|detect)\.([\w.]+)", (HERE / "README.md").read_text())
+    modules = {"data": data, "resnet": resnet, "cpc": cpc, "eval": evaluation, "detect": detect}
+    assert len(names) > 25
+    for module, name in names:
+        if name != "py":
+            operator.attrgetter(name)(modules[module])
 
 
 def test_documented_commands_parse(trained):
