@@ -641,14 +641,16 @@ def drop_colors(x: Tensor, probability: float, generator: torch.Generator) -> Te
     2015: replaced by Gaussian noise of 1/100 of the remaining channel's deviation. The noise is
     around zero, the mean colour after normalisation. ours: one sheet of noise serves the whole
     batch, so that it tells no patch from another and costs next to nothing."""
-    rand = lambda: torch.rand(len(x), 1, generator=generator, device=x.device)
-    drop = rand() < probability
-    keep = (3 * rand()).long()  # the channel that stays, in its place
-    kept = ~drop | (keep == torch.arange(3, device=x.device))  # [N, 3]
-    left = x[torch.arange(len(x), device=x.device), keep.flatten()]  # [N, H, W]
-    deviation = (left.square().mean((1, 2)) - left.mean((1, 2)).square()).clamp(min=0).sqrt()[:, None]
-    sheet = torch.randn(1, *x.shape[1:], generator=generator, device=x.device)
-    return x.mul_(kept.float()[..., None, None]).addcmul_((~kept * 0.01 * deviation)[..., None, None], sheet)
+    rand = lambda: torch.rand(len(x), 1, generator=generator, device=x.device)[:, 0]
+    drop, keep = rand() < probability, (3 * rand()).long()  # keep: the channel that stays, in its place
+    sheet = torch.randn(1, *x.shape[1:], generator=generator, device=x.device)[0]
+    which = drop.nonzero()[:, 0]
+    keep = keep[which]
+    left = x[which, keep]  # [n, H, W]
+    deviation = (left.square().mean((1, 2)) - left.mean((1, 2)).square()).clamp(min=0).sqrt()[:, None, None]
+    for other in ((keep + 1) % 3, (keep + 2) % 3):
+        x[which, other] = 0.01 * deviation * sheet[other]
+    return x
 
 
 def augment_patches(patches: Tensor, generator: torch.Generator, color_drop: float = 0.0,
