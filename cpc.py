@@ -282,7 +282,7 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
             run.leave(caught)
     bar.close()
 
-    if run.is_main and not (start == steps and (run.folder / "encoder.pt").exists()):  # not finished long ago
+    if run.is_main and not (start == steps and (run.folder / "encoder.pt").exists()):  # else it was finished before
         encoder = average.module if args.average else model.encoder
         geometry = dict(crop=args.crop, patch=args.patch, stride=args.stride, mean=data.MEAN, std=data.STD)
         save_retrieval(model, dataset, args, device, run.folder / "retrieval.png")

@@ -108,7 +108,7 @@ class Bottleneck(nn.Module):
         shortcut = x
         if self.project is not None:  # at a stride: every other position, faster on a CPU than a strided 1x1
             shortcut = self.project(F.avg_pool2d(h, 1, 2) if self.conv2.stride == (2, 2) else h)
-        h = self.conv2(F.relu(self.norm2(self.conv1(h)), inplace=True))
+        h = self.conv2(F.relu(self.norm2(self.conv1(h)), inplace=True))  # in place: nothing else needs these
         return self.conv3(F.relu(self.norm3(h), inplace=True)) + shortcut
 
 
@@ -391,7 +391,7 @@ class Parser(argparse.ArgumentParser):
         for name in ("data", "out", "subset"):
             if getattr(args, name, None) == "":
                 self.error(f"--{name} is empty: pass a path")
-        for name, (low, high) in (ranges | {"workers": (0, 1024)} | {"seed": (0, 2**61)}).items():
+        for name, (low, high) in (ranges | dict(workers=(0, 1024), seed=(0, 2**61))).items():
             value = getattr(args, name) or 0  # --workers has no default
             if not all(low <= v <= high for v in (value if isinstance(value, list) else [value])):
                 self.error(f"--{name.replace('_', '-')} {value} is not between {low:g} and {high:g}")
@@ -492,7 +492,8 @@ class Run:
             reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
             return f"cannot use --out {self.folder}: {reason}", resume
         self.file.seek(0)
-        lines, there = self.file.read().splitlines(), lambda *names: any((self.folder / name).exists() for name in names)
+        lines = self.file.read().splitlines()
+        there = lambda *names: any((self.folder / name).exists() for name in names)
         last = re.findall(rb'"launcher": (".*?")', b"\n".join(lines))[-1:]
         resume = resume or last == [json.dumps(self.launcher).encode()]
         if not resume and (lines or there("checkpoint.pt", "encoder.pt", "model.pt")):
@@ -532,7 +533,7 @@ class Run:
                     raise SystemExit(f"{path} was made with {key.replace('_', '-')} {saved['args'].get(key)}, "
                                      f"not {now}: use the same, or another --out")
             state, log = saved["state"], saved["log"]
-        found = [None] * dist.get_world_size()
+        found = [None] * dist.get_world_size()  # a process without the checkpoint would wait for the others for ever
         dist.all_gather_object(found, log)
         if any(other != log for other in found):
             raise SystemExit(f"not all processes find the same {path}: --out must be a folder that all nodes share")

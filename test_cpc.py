@@ -1378,8 +1378,8 @@ def test_a_log_is_what_the_checkpoint_knows(tmp_path):
         log.write_bytes(killed)
         run, state = resume()
         assert state == {"step": 2}
-        assert log.read_bytes().splitlines(keepends=True)[:-1] == expected
-        assert [e["event"] for e in events(tmp_path, "start")[-1:]] == ["start"]
+        *lines, last = log.read_bytes().splitlines(keepends=True)
+        assert lines == expected and last.startswith(start[:17])
     for name in ("checkpoint.pt", "checkpoint-before.pt"):
         (tmp_path / name).unlink(missing_ok=True)
     del run  # its lock
@@ -1438,7 +1438,6 @@ def test_what_the_system_does_ends_in_one_line(capfd):
         raise error
 
     bars = []
-
     for cause, message in ((lambda: fail(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")),
                             "a data loading process was killed: if memory is full, lower --workers"),
                            (lambda: fail(MemoryError()), "memory is full: lower --batch-size"),
@@ -1611,7 +1610,7 @@ def test_flags_at_random():
         assert shape == (2, encoder.out_channels, G, G) and (G > 12 or model.contrast(torch.randn(shape))[0].isfinite()), flags
         assert 0 <= cpc.learning_rate(1, 2, args.lr, args.warmup) <= args.lr, flags
         accepted += 1
-    assert accepted > 20 and refused > 20
+    assert accepted > 25 and refused > 25
 
 
 def documented_commands():
