@@ -3,6 +3,8 @@
 #
 #   ./run.sh              tiny scale, end to end, on the embedded data set: two CPU cores, under ten minutes in float32
 #   ./run.sh test         the tests
+#   ./run.sh results      print the commands of the README's tables;  ./run.sh results DATA [TABLE]  runs them, TABLE one of
+#                         table1, fig1, fig3, table3: what is finished is not run again
 #   ./run.sh paper        print the paper's commands;  ./run.sh paper DATA  runs them on 8 GPUs
 #
 # VENV=dir uses another virtual environment than .venv; OUT=dir another folder than a fresh runs/tiny-N.
@@ -30,12 +32,23 @@ tiny() {
     "$python" detect.py --encoder "$out/cpc/encoder.pt" random --out "$out/detect"  # Table 3
 }
 
+go() {  # print a command and run it; without a folder of data, only print it
+    echo "$@"
+    [ "$data" = DATA ] || "$@"
+}
+
+one_change() {  # Fig. 3: calls $1 with a name and flags, one change from v2 each
+    "$1" norm-batch --norm batch                  # LN
+    "$1" norm-none --norm none
+    "$1" directions-1 --directions 1              # down only
+    "$1" directions-2 --directions 2              # 2 of 4: without HP
+    "$1" lengths-2-5 --lengths 2 3 4 5            # TL: the original lengths
+    "$1" no-color-drop --color-drop 0             # RC
+    "$1" patch-flips --flip 0.5                   # HF
+}
+
 paper() {
     data=${1:-DATA}
-    go() {
-        echo "$@"
-        [ "$data" = DATA ] || "$@"
-    }
     venv=${VENV:-.venv}
     if [ "$data" != DATA ]; then
         [ -d "$data/train" ] && { [ -d "$data/val" ] || [ -d "$data/test" ]; } || { echo "run.sh: no train/ and val/ under $data: pass ImageNet's folder" >&2; exit 1; }
@@ -59,28 +72,98 @@ paper() {
     # Table 3: detection on VOC 2007 (Sec. 4.3), downloaded, or VOC=DIR
     go $launch detect.py --data "${VOC:-voc2007}" --encoder runs/v2/encoder.pt random --out runs/v2-voc --resume
     # Fig. 3 and 4: the larger encoder, one change from v2 at a time; linear, and with few labels
-    fig3() {
+    variant() {
         name=$1; shift
         go $launch cpc.py --data "$data" --out "runs/$name" --resume "$@"
         go $launch eval.py --data "$data" --encoder "runs/$name/encoder.pt" --out "runs/$name-linear" --resume
         go $launch eval.py --data "$data" --encoder "runs/$name/encoder.pt" --labels 0.01 0.1 --out "runs/$name-labels" --resume
     }
-    fig3 norm-batch --norm batch                  # LN
-    fig3 norm-none --norm none
-    fig3 directions-1 --directions 1              # down only
-    fig3 directions-2 --directions 2              # 2 of 4: without HP
-    fig3 lengths-2-5 --lengths 2 3 4 5            # TL: the original lengths
-    fig3 no-color-drop --color-drop 0             # RC
-    fig3 patch-flips --flip 0.5                   # HF
-    fig3 resnet92 --arch resnet92                 # capacity
+    one_change variant
+    variant resnet92 --arch resnet92              # capacity
     go $launch detect.py --data "${VOC:-voc2007}" --encoder runs/resnet92/encoder.pt --out runs/resnet92-voc --resume  # Table 3, "ResNet-101"
-    fig3 deeper --arch resnet161-deep             # Fig. 4, right
-    fig3 wider --arch resnet161-wide
+    variant deeper --arch resnet161-deep          # Fig. 4, right
+    variant wider --arch resnet161-wide
+}
+
+results() {  # the README's tables; on one core about a day, most of it CIFAR-10's
+    data=${1:-DATA} stage=${2:-all} out=${OUT:-runs/results} venv=${VENV:-.venv} seen=" "
+    [[ " all table1 fig1 fig3 table3 " = *" $stage "* ]] || { echo "run.sh: $stage is none of: table1, fig1, fig3, table3" >&2; exit 2; }
+    if [ "$data" != DATA ]; then
+        for set in cifar10 photos VOCdevkit; do
+            [ -d "$data/$set" ] || { echo "run.sh: no $set/ under $data: the README's Results say what is in it" >&2; exit 1; }
+        done
+        environment
+    fi
+    wants() { [ "$stage" = all ] || [ "$stage" = "$1" ]; }
+    script() {  # SCRIPT RUN FLAGS: what is finished is not run again, what was stopped goes on
+        [[ "$seen" = *" $2 "* ]] && return
+        seen+="$2 "
+        go "$venv/bin/python" "$1.py" --out "$out/$2" --resume "${@:3}"
+    }
+    cpc() { script cpc "$1" --tiny "${@:2}"; }                                   # RUN FLAGS
+    score() { script "$1" "$2" --encoder "$out/$3/encoder.pt" "${@:4}"; }       # SCRIPT RUN PRE-TRAINING [random] FLAGS
+    shapes() { for s in 0 1 2 3 4; do cpc "shapes-$s" --seed "$s"; done; }
+    cifar() { cpc cifar --data "$data/cifar10" --patch 12 --stride 5 --stem 3x3/2 --min-area 0.4 --epochs 12; }
+    photos() { cpc "$1" --data "$data/photos" --stem 7x7 "${@:2}"; }
+
+    if wants table1; then  # linear classification, all labels
+        shapes
+        for s in 0 1 2 3 4; do score eval "shapes-$s-linear" "shapes-$s" random --seed "$s"; done
+        cifar
+        score eval cifar-linear cifar random --epochs 2
+        photos photos --crop 240 --patch 80 --stride 32 --min-area 0.4 --batch-size 32 --epochs 3  # A.3's patches
+        score eval photos-linear photos random --epochs 2
+    fi
+    if wants fig1; then  # and Table 5: few labels
+        shapes
+        for s in 0 1 2 3 4; do
+            score eval "shapes-$s-labels" "shapes-$s" --seed "$s" --labels 0.01 0.02 0.05 0.1 0.2 0.5 1 --supervised
+            score eval "shapes-$s-only" "shapes-$s" --seed "$s" --labels 0.01 --supervised --held-out 0
+        done
+        cifar
+        cpc cifar-small --data "$data/cifar10" --arch small --patch 12 --stride 5 --stem 3x3/2 --min-area 0.4 --epochs 4 --lr 2e-3 --warmup 100
+        few() { score eval "$1" "$2" --batch-size 32 --held-out 0.02 --supervised small:3x3/2 "${@:3}"; }
+        few cifar-few cifar --labels 0.01 0.1 1 --min-steps 1500 --seeds 3
+        few cifar-short cifar --labels 0.01 --min-steps 500
+        few cifar-small-short cifar-small --labels 0.01 --min-steps 500
+    fi
+    if wants fig3; then
+        variant() {
+            photos "fig3-$1" --crop 102 --patch 32 --stride 14 --min-area 0.3 --batch-size 16 --lr 2e-3 --warmup 100 --epochs 4 "${@:2}"
+            score eval "fig3-$1-linear" "fig3-$1" random
+        }
+        variant v2
+        one_change variant
+        [ "$data" = DATA ] || "$python" - "$out"/fig3-*-linear <<'EOF'
+import json, sys
+from pathlib import Path
+lines = lambda run: map(json.loads, (Path(run) / "log.jsonl").open())
+print(f"\n{'contrastive accuracy, linear and random top-1 %':48}")
+for run in sys.argv[1:]:
+    contrast = [line["accuracy"] for line in lines(run.removesuffix("-linear")) if line["event"] == "epoch"][-1]
+    top1 = {line["encoder"]: line["top1"] for line in lines(run) if line["event"] == "result"}
+    print(f"{Path(run).name[5:-7]:16}{100 * contrast:8.1f}{top1['cpc']:8.1f}{top1['random']:8.1f}")
+EOF
+    fi
+    if wants table3; then  # detection
+        shapes
+        for s in 0 1 2; do
+            score detect "shapes-$s-detect" "shapes-$s" random --seed "$s"
+            score eval "shapes-$s-patched" "shapes-$s" --seed "$s" --head none --supervised patched --epochs 3.2
+            script detect "shapes-$s-detect-patched" --seed "$s" --encoder "$out/shapes-$s-patched/patched-1-seed-$s.pt"
+        done
+        voc=(--data "$data" --side 240 --regions 32 --batch-size 8 --proposals 100 --epochs 6 --finetune-epochs 3 --lr 2e-3 --finetune-lr 5e-4)
+        photos photos-half --crop 120 --patch 40 --stride 16 --min-area 0.3 --batch-size 32 --epochs 10
+        score detect voc photos-half random "${voc[@]}"
+        score eval photos-patched photos-half --head none --supervised patched --epochs 4 --batch-size 32
+        script detect voc-patched --encoder "$out/photos-patched/patched-1-seed-0.pt" "${voc[@]}"
+    fi
 }
 
 case ${1:-tiny} in
     tiny) environment; tiny ;;
     test) environment; exec "$python" -m pytest -q test_cpc.py "${@:2}" ;;
+    results) results "${@:2}" ;;
     paper) paper "${2:-DATA}" ;;
-    *) echo "run.sh: ${1} is none of: (nothing), test, paper [DATA]" >&2; exit 2 ;;
+    *) echo "run.sh: ${1} is none of: (nothing), test, results [DATA [TABLE]], paper [DATA]" >&2; exit 2 ;;
 esac

@@ -1614,12 +1614,12 @@ def test_flags_at_random():
 
 
 def documented_commands():
-    """Every command of the README, the docstrings, `./run.sh` and `./run.sh paper`."""
-    paper = subprocess.run([HERE / "run.sh", "paper"], capture_output=True, text=True, check=True).stdout
-    lines = [line for text in (*((HERE / f).read_text() for f in ("README.md", "run.sh", "cpc.py", "eval.py", "detect.py")), paper)
-             for line in text.splitlines()]
-    pattern = re.compile(r'\s*(?:"?\$?python"?|\S*torchrun [^#]*?) (cpc|eval|detect)\.py\b([^#]*)')
-    return [(m[1], shlex.split(m[2].replace("$s", "0"))) for m in map(pattern.match, lines) if m]
+    """Every command of the README, the docstrings, `./run.sh`, `./run.sh results` and `./run.sh paper`."""
+    printed = [subprocess.run([HERE / "run.sh", what], capture_output=True, text=True, check=True).stdout for what in ("results", "paper")]
+    texts = [(HERE / f).read_text() for f in ("README.md", "run.sh", "cpc.py", "eval.py", "detect.py")] + printed
+    lines = [line for text in texts for line in text.splitlines()]
+    pattern = re.compile(r'\s*(?:"?\$?[\w./]*python"?|\S*torchrun [^#]*?) (cpc|eval|detect)\.py\b([^#]*)')
+    return [(m[1], shlex.split(m[2])) for m in map(pattern.match, lines) if m]
 
 
 def test_the_readme_names_what_there_is():
@@ -1633,7 +1633,7 @@ def test_the_readme_names_what_there_is():
 
 def test_documented_commands_parse(trained):
     commands = documented_commands()
-    assert len(commands) > 60 and {script for script, _ in commands} == {"cpc", "eval", "detect"}
+    assert len(commands) > 110 and {script for script, _ in commands} == {"cpc", "eval", "detect"}
     for script, flags in commands:
         if script == "cpc":
             cpc.parse_args(flags)
