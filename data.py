@@ -619,17 +619,17 @@ def grid_side(crop: int, patch: int, stride: int) -> int:
 
 
 def extract_patches(images: Tensor, patch: int, stride: int) -> Tensor:
-    """Cut overlapping patches (Sec. 2.1; A.3: 80x80 at stride 32 out of 240x240 -> 6x6): one
-    strided view, then one copy. [B, 3, S, S] -> [B, G, G, 3, P, P], of the same type."""
+    """Cut overlapping patches (Sec. 2.1; A.3: 80x80 at stride 32 out of 240x240 -> 6x6): a view, in
+    which overlapping patches share their pixels. [B, 3, S, S] -> [B, G, G, 3, P, P], of the same type."""
     grid_side(images.shape[-1], patch, stride)
     view = images.unfold(2, patch, stride).unfold(3, patch, stride)  # [B, 3, G, G, P, P]
-    return view.permute(0, 2, 3, 1, 4, 5).contiguous()  # [B, G, G, 3, P, P]
+    return view.permute(0, 2, 3, 1, 4, 5)
 
 
-def normalise(patches: Tensor) -> Tensor:
-    """uint8 [..., 3, P, P] -> float32, zero mean and unit variance by MEAN and STD."""
-    mean, std = (patches.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (MEAN, STD))
-    return patches.float().mul_(1 / (255 * std)).sub_(mean / std)
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [..., 3, H, W] -> float32, zero mean and unit variance by MEAN and STD."""
+    mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (MEAN, STD))
+    return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def drop_colors(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
@@ -655,37 +655,38 @@ def drop_colors(x: Tensor, probability: float, generator: torch.Generator) -> Te
 
 def augment_patches(patches: Tensor, generator: torch.Generator, color_drop: float = 0.0,
                     jitter: bool = False, flip: float = 0.0) -> Tensor:
-    """Patch-based augmentation (Sec. 4.1), every patch on its own, and normalisation.
+    """Patch-based augmentation (Sec. 4.1), every patch on its own.
 
-    patches: uint8 [B, G, G, 3, P, P] on any device, generator on the same; -> float32, same shape.
+    patches: normalised, float32 [B, G, G, 3, P, P] on any device, which may share pixels; generator on
+    the same; -> new ones, same shape. Every step reads or writes each pixel of each patch once more: at
+    A.3's geometry patches hold four times the image, so that the image is normalised before it is cut.
     color_drop, flip: probability for a patch; jitter: whether to shift patches at random.
     """
-    shape, P = patches.shape, patches.shape[-1]
-    x = patches.flatten(0, 2)  # [N, 3, P, P]
-    N, device = len(x), x.device
+    (B, G, _, _, P, _), device = patches.shape, patches.device
     rand = lambda *size: torch.rand(*size, generator=generator, device=device)
 
     if flip:  # paper: "randomly flip patches horizontally"
-        x = torch.where(rand(N, 1, 1, 1) < flip, x.flip(-1), x)
+        patches = torch.where(rand(B, G, G, 1, 1, 1) < flip, patches.flip(-1), patches)
 
-    side = P
     if jitter:
         # paper: "spatially jitters individual patches"; v1: a random 60x60 subcrop of a 64x64
         # patch, padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7), and the
         # border repeated: a border of zeros, which patches at test time do not have, cost a linear
         # probe on CIFAR-10 25 points of top-1.
         side = max(1, min(P - 1, P * 60 // 64))
-        windows = x.unfold(2, side, 1).unfold(3, side, 1)  # a view [N, 3, P-side+1, P-side+1, side, side]
-        row, col = ((P - side + 1) * rand(2, N)).long()
-        x = windows[torch.arange(N, device=device), :, row, col]  # [N, 3, side, side]
+        windows = patches.unfold(4, side, 1).unfold(5, side, 1)  # a view [B, G, G, 3, P-side+1, .., side, side]
+        row, col = ((P - side + 1) * rand(2, B, G, G)).long()
+        image, i, j = torch.meshgrid(*(torch.arange(n, device=device) for n in (B, G, G)), indexing="ij")
+        x = windows[image, i, j, :, row, col].flatten(0, 2)  # [N, 3, side, side]
+    else:
+        side, x = P, patches.clone(memory_format=torch.contiguous_format).flatten(0, 2)
 
-    x = normalise(x)
     if color_drop:
         drop_colors(x, color_drop, generator)
     if side < P:
         before = (P - side) // 2
         x = torch.nn.functional.pad(x, (before, P - side - before) * 2, mode="replicate")
-    return x.view(shape)
+    return x.view(patches.shape)
 
 
 def to_patches(images: Tensor, device: torch.device, patch: int, stride: int, seed: int | None = None,
@@ -693,7 +694,7 @@ def to_patches(images: Tensor, device: torch.device, patch: int, stride: int, se
     """From the loader to the encoder: uint8 images [B, 3, S, S] -> float32 patches
     [B, G, G, 3, P, P] on the device, with `augment_patches`' augmentation, a function of the seed
     alone, or without (seed None)."""
-    patches = extract_patches(images.to(device, non_blocking=True), patch, stride)
+    patches = extract_patches(normalise(images.to(device, non_blocking=True)), patch, stride)
     if seed is None:
-        return normalise(patches)
+        return patches.contiguous()
     return augment_patches(patches, torch.Generator(device).manual_seed(seed), **augmentation)
