@@ -104,15 +104,15 @@ results() {  # the README's tables; on one core about a day, most of it CIFAR-10
     score() { script "$1" "$2" --encoder "$out/$3/encoder.pt" "${@:4}"; }       # SCRIPT RUN PRE-TRAINING [random] FLAGS
     shapes() { for s in 0 1 2 3 4; do cpc "shapes-$s" --seed "$s"; done; }
     cifar() { cpc cifar --data "$data/cifar10" --patch 12 --stride 5 --stem 3x3/2 --min-area 0.4 --epochs 12; }
-    photos() { cpc "$1" --data "$data/photos" --stem 7x7 "${@:2}"; }
+    photos() { cpc photos --data "$data/photos" --stem 7x7 --crop 240 --patch 80 --stride 32 --min-area 0.4 --batch-size 32 --epochs 12; }  # A.3's
 
     if wants table1; then  # linear classification, all labels
         shapes
         for s in 0 1 2 3 4; do score eval "shapes-$s-linear" "shapes-$s" random --seed "$s"; done
         cifar
         score eval cifar-linear cifar random --epochs 2
-        photos photos --crop 240 --patch 80 --stride 32 --min-area 0.4 --batch-size 32 --epochs 3  # A.3's patches
-        score eval photos-linear photos random --epochs 2
+        photos
+        score eval photos-linear photos random
     fi
     if wants fig1; then  # and Table 5: few labels
         shapes
@@ -125,14 +125,17 @@ results() {  # the README's tables; on one core about a day, most of it CIFAR-10
         cifar
         cpc cifar-small --data "$data/cifar10" --arch small --patch 12 --stride 5 --stem 3x3/2 --min-area 0.4 --epochs 4 --lr 2e-3 --warmup 100
         few() { score eval "$1" "$2" --batch-size 32 --held-out 0.02 --supervised small:3x3/2 "${@:3}"; }
-        few cifar-few cifar --labels 0.01 0.1 1 --min-steps 1500 --seeds 3
+        few cifar-few cifar --labels 0.01 0.02 0.05 0.1 1 --min-steps 1500 --seeds 3
         few cifar-short cifar --labels 0.01 --min-steps 500
         few cifar-small-short cifar-small --labels 0.01 --min-steps 500
+        photos
+        score eval photos-few photos --labels 0.01 0.1 --batch-size 32 --min-steps 150 --supervised tiny:7x7 small:7x7 --seeds 3
     fi
     if wants fig3; then
         variant() {  # the fewest patches of which one is out of sight: 3x3, half a patch apart
             cpc "fig3-$1" --data "$data/cifar10" --patch 16 --stride 8 --stem 3x3/2 --min-area 0.4 --lengths 2 --epochs 2 "${@:2}"
             score eval "fig3-$1-linear" "fig3-$1" random --epochs 1 --held-out 0.02
+            score eval "fig3-$1-labels" "fig3-$1" --labels 0.01 0.1 --batch-size 32 --held-out 0.02 --min-steps 500  # Fig. 4
         }
         variant v2
         one_change variant
@@ -143,12 +146,18 @@ results() {  # the README's tables; on one core about a day, most of it CIFAR-10
         [ "$data" = DATA ] || "$python" - "$out"/fig3-*-linear <<'EOF'
 import json, sys
 from pathlib import Path
-lines = lambda run: map(json.loads, (Path(run) / "log.jsonl").open())
-print(f"\n{'contrastive accuracy, linear and random top-1 %':48}")
-for run in sys.argv[1:]:
-    contrast = [line["accuracy"] for line in lines(run.removesuffix("-linear")) if line["event"] == "epoch"][-1]
-    top1 = {line["encoder"]: line["top1"] for line in lines(run) if line["event"] == "result"}
-    print(f"{Path(run).name[5:-7]:16}{100 * contrast:8.1f}{top1['cpc']:8.1f}{top1['random']:8.1f}")
+from statistics import correlation
+lines = lambda run, event: [line for line in map(json.loads, (Path(run) / "log.jsonl").open()) if line["event"] == event]
+names = ["contrast", "random", "linear", "1 %", "1 % tuned", "10 %", "10 % tuned"]
+print(f"\n{'top-1 % and contrastive accuracy':32}" + "".join(f"{name:>12}" for name in names))
+rows = []
+for run in (name.removesuffix("-linear") for name in sys.argv[1:]):
+    linear = {line["encoder"]: line["top1"] for line in lines(f"{run}-linear", "result")}
+    few = {(line["labels"], line["finetuned"]): line["top1"] for line in lines(f"{run}-labels", "result")}
+    rows.append([100 * lines(run, "epoch")[-1]["accuracy"], linear["random"], linear["cpc"], *(few[cell] for cell in sorted(few))])
+    print(f"{Path(run).name:32}" + "".join(f"{x:12.1f}" for x in rows[-1]))
+columns = list(zip(*rows))
+print(f"{'correlation with linear':32}" + "".join(f"{correlation(column, columns[2]):12.2f}" for column in columns))
 EOF
     fi
     if wants table3; then  # detection
@@ -157,9 +166,12 @@ EOF
             score detect "shapes-$s-detect" "shapes-$s" random --seed "$s"
             score eval "shapes-$s-patched" "shapes-$s" --seed "$s" --head none --supervised patched --epochs 3.2
             script detect "shapes-$s-detect-patched" --seed "$s" --encoder "$out/shapes-$s-patched/patched-1-seed-$s.pt"
+            long="--epochs 1 --finetune-epochs 0.5"  # eight times the schedule
+            score detect "shapes-$s-detect-long" "shapes-$s" random --seed "$s" $long
+            script detect "shapes-$s-detect-patched-long" --seed "$s" --encoder "$out/shapes-$s-patched/patched-1-seed-$s.pt" $long
         done
         voc=(--data "$data" --side 240 --regions 32 --batch-size 8 --proposals 100 --epochs 6 --finetune-epochs 3 --lr 2e-3 --finetune-lr 5e-4)
-        photos photos-half --crop 120 --patch 40 --stride 16 --min-area 0.3 --batch-size 32 --epochs 10
+        cpc photos-half --data "$data/photos" --stem 7x7 --crop 120 --patch 40 --stride 16 --min-area 0.3 --batch-size 32 --epochs 10
         score detect voc photos-half random "${voc[@]}"
         score eval photos-patched photos-half --head none --supervised patched --epochs 4 --batch-size 32
         script detect voc-patched --encoder "$out/photos-patched/patched-1-seed-0.pt" "${voc[@]}"
