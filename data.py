@@ -658,8 +658,7 @@ def augment_patches(patches: Tensor, generator: torch.Generator, color_drop: flo
     """Patch-based augmentation (Sec. 4.1), every patch on its own.
 
     patches: normalised, float32 [B, G, G, 3, P, P] on any device, which may share pixels; generator on
-    the same; -> new ones, same shape. Every step reads or writes each pixel of each patch once more: at
-    A.3's geometry patches hold four times the image, so that the image is normalised before it is cut.
+    the same; -> new ones, same shape.
     color_drop, flip: probability for a patch; jitter: whether to shift patches at random.
     """
     (B, G, _, _, P, _), device = patches.shape, patches.device
@@ -694,6 +693,7 @@ def to_patches(images: Tensor, device: torch.device, patch: int, stride: int, se
     """From the loader to the encoder: uint8 images [B, 3, S, S] -> float32 patches
     [B, G, G, 3, P, P] on the device, with `augment_patches`' augmentation, a function of the seed
     alone, or without (seed None)."""
+    # normalised before it is cut: A.3's patches hold each pixel of the image four times
     patches = extract_patches(normalise(images.to(device, non_blocking=True)), patch, stride)
     if seed is None:
         return patches.contiguous()

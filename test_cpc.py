@@ -198,6 +198,7 @@ def test_patches_equal_naive_slicing(crop, patch, stride, G):
             for j in range(G):
                 y, x = i * stride, j * stride
                 assert torch.equal(patches[b, i, j], images[b, :, y:y + patch, x:x + patch])
+    assert data.to_patches(images, CPU, patch, stride).is_contiguous()  # no pixel shared with a neighbour
 
 
 def test_geometry_that_does_not_tile_is_refused_with_the_numbers():
