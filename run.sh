@@ -130,7 +130,7 @@ results() {  # the README's tables; on one core about a day, most of it CIFAR-10
         few cifar-small-short cifar-small --labels 0.01 --min-steps 500
         photos
         score eval photos-few photos --labels 0.01 0.1 --batch-size 32 --min-steps 150 --supervised tiny:7x7 small:7x7 --seeds 3
-        script eval photos-pixels-long --tiny --data "$data/photos" --crop 240 --min-area 0.4 --head none --labels 0.01 --batch-size 32 --min-steps 450 --supervised tiny:7x7
+        score eval photos-pixels-long photos --head none --labels 0.01 --batch-size 32 --min-steps 450 --supervised tiny:7x7
     fi
     if wants fig3; then
         variant() {  # the fewest patches of which one is out of sight: 3x3, half a patch apart
