@@ -25,6 +25,7 @@ import time
 from argparse import BooleanOptionalAction
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -347,15 +348,31 @@ def sweep(classify_trial: Callable, recipe: Recipe, trials: int, state: dict) ->
     return recipes[max(range(trials), key=lambda n: state["done"][keys[n]]["held_out_top1"])]
 
 
-def make_head(channels: int, task: Task, source: Source, args, dropout: float) -> nn.Module:
-    """The row's classifier on latents of so many channels, its weights a function of the seed."""
+def build_classifier(bench: Bench, task: Task, dropout: float) -> Classifier:
+    """The row's network under its head, both with weights that are a function of the seed: what is to be trained."""
+    args, source, encoder = bench.args, bench.source, bench.source.make(task.seed)
+    # ours: as in pre-training, 64 images of ResNet-161 do not fit in 80 GB without recomputation
+    encoder.checkpointing = bench.device.type == "cuda" and encoder.out_channels == 4096
+    channels = encoder.out_channels
     torch.manual_seed(data.derive_seed(task.seed, "head"))
     if source.supervised:
-        return pooled_linear(channels, task.classes, dropout)
-    if args.head == "linear":
-        return LinearProbe(channels, task.classes)
-    size = (channels, channels // 4) if args.tiny else (4096, 1024)  # paper: 4096 and 1024
-    return resnet_head(channels, task.classes, dropout, *size)
+        head = pooled_linear(channels, task.classes, dropout)
+    elif args.head == "linear":
+        head = LinearProbe(channels, task.classes)
+    else:
+        size = (channels, channels // 4) if args.tiny else (4096, 1024)  # paper: 4096 and 1024
+        head = resnet_head(channels, task.classes, dropout, *size)
+    model = Classifier(encoder, head, frozen=not source.supervised)
+    return model.to(bench.device, memory_format=torch.channels_last)
+
+
+def save_trunk(bench: Bench, task: Task, encoder: Encoder, folder: Path) -> None:
+    """What a supervised row has learned on CPC's own patches, as a file for detect.py's `--encoder`: Table 3's
+    supervised trunk, here of the same labels."""
+    source = bench.source
+    geometry = dict(crop=source.crop, patch=source.patch, stride=source.stride, mean=data.MEAN, std=data.STD)
+    how = dict(supervised=source.name, labels=task.labels, image_aug="inception", jitter=False, flip=0.0)
+    save_encoder(folder / f"{source.name}-{task.labels:g}-seed-{task.seed}.pt", encoder, geometry, vars(bench.args) | how)
 
 
 def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, trial: str = "") -> str:
@@ -363,12 +380,7 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
     network from scratch. A `result` for each stage; a trial of a recipe has one, and no test.
     What is in state["done"] already is not trained again. Returns the last stage's key there."""
     args, source, held_top1 = bench.args, bench.source, None
-    encoder = source.make(task.seed)
-    head = make_head(encoder.out_channels, task, source, args, recipe.dropout)
-    # ours: as in pre-training, 64 images of ResNet-161 do not fit in 80 GB without recomputation
-    encoder.checkpointing = bench.device.type == "cuda" and encoder.out_channels == 4096
-    model = Classifier(encoder, head, frozen=not source.supervised)
-    model = model.to(bench.device, memory_format=torch.channels_last)
+    model = build_classifier(bench, task, recipe.dropout)
     stages = ["scratch"] if source.supervised else ["frozen", "finetuned"] if args.head == "resnet" else ["frozen"]
     for stage in stages[:1] if trial else stages:
         key = f"{source.name}/{source.arch}/{stage}/{task.labels:g}/seed {task.seed}{trial}"
@@ -403,10 +415,8 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
                          finetuned=not model.frozen, labels=task.labels, labelled_images=len(task.train),
                          held_out_images=len(task.held_out), seed=task.seed, top1=round(top1, 3), top5=round(top5, 3))
             line = dict(event="result", **done)
-            if run.is_main and source.supervised and source.patch:  # Table 3: a trunk for detect.py with the same labels
-                geometry = dict(crop=source.crop, patch=source.patch, stride=source.stride, mean=data.MEAN, std=data.STD)
-                trained = vars(args) | dict(supervised=source.name, labels=task.labels, image_aug="inception", jitter=False, flip=0.0)
-                save_encoder(run.folder / f"{source.name}-{task.labels:g}-seed-{task.seed}.pt", model.encoder, geometry, trained)
+            if run.is_main and source.supervised and source.patch:
+                save_trunk(bench, task, model.encoder, run.folder)
         finished, solution = state["done"] | {key: done}, {key: model.head.state_dict()} if stage == "frozen" else {}
         state.clear()  # what `fit` kept there
         state.update(done=finished, solution=solution)
