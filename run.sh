@@ -105,6 +105,7 @@ results() {  # the README's tables; on one core about a day, most of it CIFAR-10
     shapes() { for s in 0 1 2 3 4; do cpc "shapes-$s" --seed "$s"; done; }
     cifar() { cpc cifar --data "$data/cifar10" --patch 12 --stride 5 --stem 3x3/2 --min-area 0.4 --epochs 12; }
     photos() { cpc photos --data "$data/photos" --stem 7x7 --crop 240 --patch 80 --stride 32 --min-area 0.4 --batch-size 32 --epochs 12; }  # A.3's
+    photos_half() { cpc "photos-half-$1" --data "$data/photos" --stem 7x7 --crop 120 --patch 40 --stride 16 --min-area 0.3 --batch-size 32 --epochs "$1"; }
 
     if wants table1; then  # linear classification, all labels
         shapes
@@ -113,6 +114,10 @@ results() {  # the README's tables; on one core about a day, most of it CIFAR-10
         score eval cifar-linear cifar random --epochs 2
         photos
         score eval photos-linear photos random
+        for epochs in 10 40; do  # longer pre-training: half the side, a third of the cost
+            photos_half "$epochs"
+            score eval "photos-half-$epochs-linear" "photos-half-$epochs" random
+        done
     fi
     if wants fig1; then  # and Table 5: few labels
         shapes
@@ -128,8 +133,13 @@ results() {  # the README's tables; on one core about a day, most of it CIFAR-10
         few cifar-few cifar --labels 0.01 0.02 0.05 0.1 1 --min-steps 1500 --seeds 3
         few cifar-short cifar --labels 0.01 --min-steps 500
         few cifar-small-short cifar-small --labels 0.01 --min-steps 500
+        cpc cifar-small-long --data "$data/cifar10" --arch small --patch 16 --stride 8 --stem 3x3/2 --min-area 0.4 --lengths 1 2 --epochs 8
+        score eval cifar-small-long-few cifar-small-long --labels 0.01 --batch-size 32 --held-out 0.02 --min-steps 1500
+        score eval cifar-small-long-linear cifar-small-long --epochs 1 --held-out 0.02
         photos
         score eval photos-few photos --labels 0.01 0.1 --batch-size 32 --min-steps 150 --supervised tiny:7x7 small:7x7 --seeds 3
+        photos_half 40
+        score eval photos-half-few photos-half-40 --labels 0.01 0.1 --batch-size 32 --min-steps 450 --supervised tiny:7x7 tiny:3x3/2 small:7x7 --seeds 3
         score eval photos-pixels-long photos --head none --labels 0.01 --batch-size 32 --min-steps 450 --supervised tiny:7x7
     fi
     if wants fig3; then
@@ -172,9 +182,11 @@ EOF
             script detect "shapes-$s-detect-patched-long" --seed "$s" --encoder "$out/shapes-$s-patched/patched-1-seed-$s.pt" $long
         done
         voc=(--data "$data" --side 240 --regions 32 --batch-size 8 --proposals 100 --epochs 6 --finetune-epochs 3 --lr 2e-3 --finetune-lr 5e-4)
-        cpc photos-half --data "$data/photos" --stem 7x7 --crop 120 --patch 40 --stride 16 --min-area 0.3 --batch-size 32 --epochs 10
-        score detect voc photos-half random "${voc[@]}"
-        score eval photos-patched photos-half --head none --supervised patched --epochs 4 --batch-size 32
+        photos_half 10
+        photos_half 40
+        score detect voc photos-half-10 random "${voc[@]}"
+        score detect voc-40 photos-half-40 "${voc[@]}"
+        score eval photos-patched photos-half-10 --head none --supervised patched --epochs 4 --batch-size 32
         script detect voc-patched --encoder "$out/photos-patched/patched-1-seed-0.pt" "${voc[@]}"
     fi
 }
