@@ -34,9 +34,7 @@ from tqdm import tqdm
 import data
 from resnet import ARCHITECTURES, NORMS, STEMS, Encoder, Parser, Run, learning_rate, one_line, save_encoder
 
-# ---------------------------------------------------------------------------------------------
-# The model and its loss
-# ---------------------------------------------------------------------------------------------
+# ---- The model and its loss ---------------------------------------------------------------------
 
 
 class PixelCNN(nn.Module):
@@ -120,8 +118,6 @@ def info_nce(predictions: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tens
     t = torch.arange(B * rows * G, device=targets.device)
     labels = t // (rows * G) * (G * G) + k * G + t % (rows * G)
     with torch.autocast(targets.device.type, enabled=False):  # ours: logits in float32
-        # A.2 writes the dense-label softmax cross-entropy; with integer labels it is
-        # F.cross_entropy(queries @ candidates.T, labels), which this computes
         return Contrast.apply(queries, candidates, labels)
 
 
@@ -159,7 +155,7 @@ class CPC(nn.Module):
         self.turns = self.TURNS[directions]
         # ours: nothing is shared between directions, A.2 read literally on each turned grid
         self.directions = nn.ModuleList(
-            Direction(encoder.out_channels, hidden, target_dim, emb_scale, list(lengths))
+            Direction(encoder.out_channels, hidden, target_dim, emb_scale, lengths)
             for _ in self.turns)
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,9 +176,7 @@ class CPC(nn.Module):
         return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------
+# ---- Training -----------------------------------------------------------------------------------
 
 
 def chance_loss(args) -> float:
@@ -237,11 +231,6 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
         model.encoder.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    def save(step: int, /, *event, **fields) -> None:
-        dist.all_reduce(totals.div_(dist.get_world_size()))  # from now on every rank's are the mean
-        run.save({"step": step, "totals": totals, "model": model.state_dict(),
-                  "average": average.state_dict(), "optimizer": optimizer.state_dict()}, *event, **fields)
-
     transform = image_transform(args)
     batches = data.TrainBatches(len(dataset), args.batch_size, args.seed, start, steps)
     loader = data.load_batches(dataset, transform, batches, device, args.workers)
@@ -253,7 +242,8 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
         if step == 0 and run.is_main:
             save_patches(patches, run.folder / "patches.png")
         lr = learning_rate(step, steps, args.lr, args.warmup)
-        before, (loss, accuracy, norm) = loss, update(ddp, optimizer, patches, lr, args.clip, bf16)
+        before = loss
+        loss, accuracy, norm = update(ddp, optimizer, patches, lr, args.clip, bf16)
         if not norm.isfinite():  # the same on every rank
             raise SystemExit(f"gradients are not finite at step {step}, learning rate {lr:.2e}, loss {loss:.3g} after "
                              f"{before:.3g}: lower --lr, or --clip the gradients; the last checkpoint is kept")
@@ -266,18 +256,18 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
             speed = (bar.format_dict["rate"] or 0) * args.batch_size
             bar.set_postfix_str(f"loss {loss:.2f} (chance {chance:.2f}), accuracy {accuracy:.4f} (chance "
                                 f"{math.exp(-chance):.4f}), {speed:.0f} images/s", refresh=False)
-        done, caught = step + 1, run.stop_signal()
-        if done % epoch == 0:
-            means, seconds = totals / dist.get_world_size(), time.time() - clock
-            dist.all_reduce(means)
-            mean_loss, mean_accuracy = (means[:2] / means[2]).tolist()
-            totals.zero_()
-            save(done, "epoch", epoch=done // epoch, step=done, loss=mean_loss, accuracy=mean_accuracy, chance_loss=chance,
-                 lr=lr, seconds=round(seconds, 3),
-                 images_per_second=round((done - clock_step) * args.batch_size / seconds, 1))
-            clock, clock_step = time.time(), done
-        elif caught or done % args.save_every == 0:
-            save(done)
+        done, caught, line = step + 1, run.stop_signal(), {}
+        if caught or done % epoch == 0 or done % args.save_every == 0:
+            dist.all_reduce(totals.div_(dist.get_world_size()))  # from now on every rank's are the mean
+            if done % epoch == 0:
+                mean_loss, mean_accuracy = (totals[:2] / totals[2]).tolist()
+                totals.zero_()
+                seconds, seen = time.time() - clock, (done - clock_step) * args.batch_size
+                line = dict(event="epoch", epoch=done // epoch, step=done, loss=mean_loss, accuracy=mean_accuracy,
+                            chance_loss=chance, lr=lr, seconds=round(seconds, 3), images_per_second=round(seen / seconds, 1))
+                clock, clock_step = time.time(), done
+            run.save({"step": done, "totals": totals, "model": model.state_dict(),
+                      "average": average.state_dict(), "optimizer": optimizer.state_dict()}, **line)
         if caught:
             run.leave(caught)
     bar.close()
@@ -291,9 +281,7 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
     run.log("done", step=steps)
 
 
-# ---------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------
+# ---- Pictures -----------------------------------------------------------------------------------
 
 
 def displayable(patches: Tensor) -> Tensor:
@@ -339,9 +327,7 @@ def save_retrieval(model: CPC, dataset, args, device: torch.device, path, rows: 
     save_enlarged(make_grid(torch.stack(tiles).cpu(), nrow=7, padding=2, pad_value=1), path, 96 // S)
 
 
-# ---------------------------------------------------------------------------------------------
-# Benchmark
-# ---------------------------------------------------------------------------------------------
+# ---- Benchmark ----------------------------------------------------------------------------------
 
 
 def benchmark(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool) -> None:
@@ -406,9 +392,7 @@ def benchmark(args, device: torch.device, dataset, model: CPC, optimizer, bf16: 
             print(f"  {name:18} {1e3 * seconds:9.1f} ms   {100 * seconds / sum(parts.tolist()):.0f} %")
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# ---- Command line -------------------------------------------------------------------------------
 
 PRESETS = {
     "v2": {},  # the defaults below

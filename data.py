@@ -35,9 +35,7 @@ from torchvision.transforms import v2
 # ours: the paper gives no input normalisation; ImageNet's channel statistics, for every data set.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# ---------------------------------------------------------------------------------------------
-# Processes
-# ---------------------------------------------------------------------------------------------
+# ---- Processes ----------------------------------------------------------------------------------
 
 
 def start_process() -> torch.device:
@@ -59,7 +57,7 @@ def start_process() -> torch.device:
         except (ValueError, dist.DistError) as error:
             raise SystemExit(f"cannot join the run that RANK in the environment is of: {str(error).splitlines()[0]}; "
                              f"start with torchrun, or unset RANK")
-        # what torchrun starts again finds its store as it was: not to call at the addresses of the dead
+        # after a restart torchrun's store still holds the dead processes' addresses: a prefix for each start
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         atexit.register(dist.destroy_process_group)
@@ -91,9 +89,7 @@ def derive_seed(*keys: int | str) -> int:
     return random.Random("/".join(map(str, keys))).getrandbits(63)
 
 
-# ---------------------------------------------------------------------------------------------
-# Data sets
-# ---------------------------------------------------------------------------------------------
+# ---- Data sets ----------------------------------------------------------------------------------
 
 
 class Shapes(Dataset):
@@ -316,9 +312,7 @@ def list_folder(root: Path, split: str) -> Dataset:
                          f"{str(error).split('. Supported')[0]}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Detection
-# ---------------------------------------------------------------------------------------------
+# ---- Detection ----------------------------------------------------------------------------------
 
 
 class Objects(Dataset):
@@ -392,7 +386,7 @@ def read_voc(root: Path, which: str) -> Objects:
 
 
 def labels_of(item: tuple) -> tuple[Tensor, Tensor]:
-    """What goes with a box when it goes."""
+    """What SanitizeBoundingBoxes removes together with a box."""
     return item[1]["labels"], item[1]["difficult"]
 
 
@@ -403,9 +397,7 @@ def objects_transform(train: bool) -> v2.Compose:
     return v2.Compose([*(steps if train else []), v2.PILToTensor()])
 
 
-# ---------------------------------------------------------------------------------------------
-# Labels
-# ---------------------------------------------------------------------------------------------
+# ---- Labels -------------------------------------------------------------------------------------
 
 
 def targets(dataset: Dataset) -> list[int]:
@@ -460,9 +452,7 @@ def read_subset(path: str, dataset: Dataset) -> list[int]:
     return sorted({index[name] for name in names})
 
 
-# ---------------------------------------------------------------------------------------------
-# Image augmentation
-# ---------------------------------------------------------------------------------------------
+# ---- Image augmentation -------------------------------------------------------------------------
 
 
 def image_transform(kind: str, crop: int, min_area: float = 0.08, distort: bool = False,
@@ -491,9 +481,7 @@ def image_transform(kind: str, crop: int, min_area: float = 0.08, distort: bool 
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
-# ---------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------
+# ---- Batches ------------------------------------------------------------------------------------
 
 
 class Seeded(Dataset):
@@ -545,9 +533,6 @@ class TrainBatches(Sampler):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.length, self.batch, self.seed, self.start, self.stop = length, batch, seed, start, stop
 
-    def __len__(self) -> int:
-        return self.stop - self.start
-
     def __iter__(self):
         shuffled = None
         for step in range(self.start, self.stop):
@@ -581,7 +566,7 @@ def ignore_signals(worker: int) -> None:
 
 @atexit.register
 def end_workers() -> None:
-    """Python's own way would be SIGTERM, and to wait."""
+    """Workers ignore SIGTERM (above): Python's own terminate and join would wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their end is no failure
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -605,9 +590,7 @@ def load_batches(dataset: Dataset, transform: v2.Transform, batches: Sampler, de
         raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("data.Unreadable: "))
 
 
-# ---------------------------------------------------------------------------------------------
-# Patches
-# ---------------------------------------------------------------------------------------------
+# ---- Patches ------------------------------------------------------------------------------------
 
 
 def grid_side(crop: int, patch: int, stride: int) -> int:
@@ -641,9 +624,9 @@ def drop_colors(x: Tensor, probability: float, generator: torch.Generator) -> Te
     2015: replaced by Gaussian noise of 1/100 of the remaining channel's deviation. The noise is
     around zero, the mean colour after normalisation. ours: one sheet of noise serves the whole
     batch, so that it tells no patch from another and costs next to nothing."""
-    rand = lambda: torch.rand(len(x), 1, generator=generator, device=x.device)[:, 0]
+    rand = lambda: torch.rand(len(x), generator=generator, device=x.device)
     drop, keep = rand() < probability, (3 * rand()).long()  # keep: the channel that stays, in its place
-    sheet = torch.randn(1, *x.shape[1:], generator=generator, device=x.device)[0]
+    sheet = torch.randn(x.shape[1:], generator=generator, device=x.device)
     which = drop.nonzero()[:, 0]
     keep = keep[which]
     left = x[which, keep]  # [n, H, W]

@@ -34,7 +34,6 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou
-from torchvision.transforms.v2 import functional as vision
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 from tqdm import tqdm
 
@@ -44,9 +43,7 @@ from resnet import (FORMAT, Bottleneck, Encoder, LayerNorm, Parser, Run, Torchvi
 
 LAYERS = ("layer3",)  # torchvision's conv4: ResNets
 
-# ---------------------------------------------------------------------------------------------
-# The detector
-# ---------------------------------------------------------------------------------------------
+# ---- The detector -------------------------------------------------------------------------------
 
 
 class Trunk(nn.Module):
@@ -128,9 +125,7 @@ def prepare(images: list[Tensor], device: torch.device, color_drop: float = 0.0,
     return prepared
 
 
-# ---------------------------------------------------------------------------------------------
-# Average precision
-# ---------------------------------------------------------------------------------------------
+# ---- Average precision --------------------------------------------------------------------------
 
 
 def match(detections: list[dict], truths: list[dict]) -> dict[str, Tensor]:
@@ -193,9 +188,7 @@ def average_precisions(detections: list[dict], truths: list[dict], classes: list
             "mAP_coco": mean([100 * v for v in cocos]), "ap": ap}
 
 
-# ---------------------------------------------------------------------------------------------
-# Training and testing
-# ---------------------------------------------------------------------------------------------
+# ---- Training and testing -----------------------------------------------------------------------
 
 
 def pairs(items: list[tuple]) -> tuple:
@@ -212,17 +205,16 @@ def fit(args, phase: str, model: FasterRCNN, objects, device: torch.device, run:
     steps = math.ceil((args.epochs if frozen else args.finetune_epochs) * len(objects) / batch)
     # paper: "then fine-tuned the entire model end-to-end"; ours: slower, but for what is still fresh
     slow = dict(params=list(model.backbone.parameters()), lr=args.finetune_lr)
-    rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-    fast = dict(params=rest, lr=args.lr if args.phase[0] == phase else args.finetune_lr)
+    fast = dict(params=[*model.rpn.parameters(), *model.roi_heads.parameters()],
+                lr=args.lr if args.phase[0] == phase else args.finetune_lr)
     optimizer = torch.optim.AdamW([fast] if frozen else [slow, fast], weight_decay=args.weight_decay)  # ours
-    schedule = LambdaLR(optimizer, partial(learning_rate, steps=steps, peak=1.0, warmup=steps // 10))
     start, totals = 0, torch.zeros(5, device=device)  # sums of torchvision's four losses, steps
     if state.get("key") == key:
         start = state["step"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         totals += state["totals"].to(device)
+    schedule = LambdaLR(optimizer, partial(learning_rate, steps=steps, peak=1.0, warmup=steps // 10), start - 1)
     ddp = DistributedDataParallel(model)
     stops = {math.ceil(steps * n / 10) for n in range(1, 11)}  # where a line is logged and the state saved
     batches = data.TrainBatches(len(objects), batch, args.seed, start, steps)
@@ -245,15 +237,14 @@ def fit(args, phase: str, model: FasterRCNN, objects, device: torch.device, run:
         schedule.step()
         totals += torch.stack([loss.detach() for loss in losses.values()] + [torch.ones((), device=device)])
         caught, line = run.stop_signal(), {}
-        if done in stops:
-            dist.all_reduce(totals)
-            means = dict(zip(losses, (totals[:4] / totals[4]).tolist()))
-            totals.zero_()
-            bar.set_postfix_str(f"loss {sum(means.values()):.3f}", refresh=False)
-            line = dict(event="train", fit=key, step=done, steps=steps, loss=sum(means.values()), **means)
         if caught or done in stops:
-            state.update(key=key, step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         schedule=schedule.state_dict(), totals=totals)
+            dist.all_reduce(totals.div_(dist.get_world_size()))  # from now on every rank's are the mean
+            if done in stops:
+                means = dict(zip(losses, (totals[:4] / totals[4]).tolist()))
+                totals.zero_()
+                bar.set_postfix_str(f"loss {sum(means.values()):.3f}", refresh=False)
+                line = dict(event="train", fit=key, step=done, steps=steps, loss=sum(means.values()), **means)
+            state.update(key=key, step=done, model=model.state_dict(), optimizer=optimizer.state_dict(), totals=totals)
             run.save(state, **line)
         if caught:
             run.leave(caught)
@@ -276,9 +267,7 @@ def detect_all(args, model: FasterRCNN, objects, device: torch.device, run: Run)
     return [shares[i % world][i // world] for i in range(len(objects))]
 
 
-# ---------------------------------------------------------------------------------------------
-# What is left behind
-# ---------------------------------------------------------------------------------------------
+# ---- What is left behind ------------------------------------------------------------------------
 
 
 def write_voc(folder: Path, detections: list[dict], objects) -> None:
@@ -319,7 +308,8 @@ def print_table(results: dict[str, dict], classes: list[str]) -> None:
     heads, results = list(results), list(results.values())
     width = max(map(len, heads)) + 2
     row = lambda name, cells: print(f"{name:20}" + "".join(f"{c:>{width}}" for c in cells))
-    row("\nAP %", heads)
+    print()
+    row("AP %", heads)
     for name in classes:
         row(name, [f"{r['ap'][name]:.1f}" if name in r["ap"] else "-" for r in results])
     for key, name in (("mAP", "mAP (VOC 2007)"), ("mAP_area", "mAP (area)"), ("mAP_coco", "mAP (COCO-style)")):
@@ -334,7 +324,7 @@ def detect_one(args) -> None:
     model = build_detector(encoder, len(saved["classes"]), **saved["sizes"])
     model.load_state_dict(saved["state"])
     try:
-        image = vision.pil_to_tensor(data.read_image(args.detect, upright=True))
+        image = data.objects_transform(train=False)(data.read_image(args.detect, upright=True))
     except data.Unreadable as error:
         raise SystemExit(str(error))
     if max(image.shape[1:]) > 100 * min(image.shape[1:]):  # resized, nothing would be left of the shorter side
@@ -354,9 +344,7 @@ def detect_one(args) -> None:
     print(f"wrote {path}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# ---- Command line -------------------------------------------------------------------------------
 
 # ours: on shapes, minutes on a CPU
 TINY = dict(tiny=True, data="shapes", side=64, proposals=50, regions=16, batch_size=4, epochs=0.12,
@@ -392,7 +380,8 @@ def parse_args(argv: list[str] | None = None):
     if early.tiny or first and first["arch"] in ("tiny", "small"):
         parser.set_defaults_checked(TINY)
     args = parser.parse_args(argv)
-    args.data, args.phase = args.data or "voc", [p for p in ("frozen", "finetuned") if p in args.phase]
+    args.data = "voc" if args.data is None else args.data
+    args.phase = [p for p in ("frozen", "finetuned") if p in args.phase]
     parser.check_ranges(args, dict(
         side=(32, 1e4), color_drop=(0, 1), proposals=(1, 1e4), regions=(4, 1e4), epochs=(1e-3, 1e6),
         finetune_epochs=(1e-3, 1e6), lr=(1e-12, 1e3), finetune_lr=(1e-12, 1e3), weight_decay=(0, 1)))
@@ -431,7 +420,7 @@ def main(args, encoders) -> None:
                 if key in state["solution"]:
                     model.load_state_dict(state["solution"][key])
                 continue
-            before, clock = {k: v.clone() for k, v in network.state_dict().items()}, time.time()
+            before, clock = copy.deepcopy(network.state_dict()) if phase == "frozen" else None, time.time()
             fit(args, phase, model, train_set, device, run, state, key)
             if phase == "frozen":
                 assert_unchanged(network, before)
@@ -448,7 +437,8 @@ def main(args, encoders) -> None:
                                 run.folder / "model.pt")
             done = state["done"] | {key: result}
             state.clear()
-            state.update(done=done, solution={key: copy.deepcopy(model.state_dict())} if phase == "frozen" else {})
+            # not a copy: once fine-tuning has moved the model, `fit` keeps what counts
+            state.update(done=done, solution={key: model.state_dict()} if phase == "frozen" else {})
             run.save(state, "result", **result)
     if run.is_main:
         print_table(state["done"], test_set.classes)

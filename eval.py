@@ -17,6 +17,7 @@ Results: shapes, 1 % of the labels (40), five seeds, top-1 77.6 ± 6.3 fine-tune
 Shapes: B batch, G grid side, D latent channels.
 """
 
+import copy
 import math
 import os
 import random
@@ -42,9 +43,7 @@ import data
 from resnet import (ARCHITECTURES, STEMS, Bottleneck, Encoder, Parser, Representation, Run, assert_unchanged,
                     find_encoders, fresh, learning_rate, one_line, save_encoder, sha256)
 
-# ---------------------------------------------------------------------------------------------
-# Classifiers h_psi: latents [B, D, G, G] -> logits [B, classes]
-# ---------------------------------------------------------------------------------------------
+# ---- Classifiers h_psi: latents [B, D, G, G] -> logits [B, classes] -----------------------------
 
 
 class LinearProbe(nn.Module):
@@ -96,9 +95,7 @@ class Classifier(nn.Module):
         return self.head(self.latents(inputs)).float()
 
 
-# ---------------------------------------------------------------------------------------------
-# Representations f_theta: a row of the table each
-# ---------------------------------------------------------------------------------------------
+# ---- Representations f_theta: a row of the table each -------------------------------------------
 
 
 @dataclass
@@ -140,9 +137,7 @@ def find_sources(args, encoders: list[Representation]) -> list[Source]:
     return sources
 
 
-# ---------------------------------------------------------------------------------------------
-# Training a classifier
-# ---------------------------------------------------------------------------------------------
+# ---- Training a classifier ----------------------------------------------------------------------
 
 
 @dataclass
@@ -288,16 +283,14 @@ def fit(bench: Bench, model: Classifier, task: Task, recipe: Recipe, stage: str,
     part = model.head if model.frozen else model  # what is trained, and saved
     optimizer = make_optimizer(model, stage, recipe)
     constant = isinstance(model.head, LinearProbe)  # paper: A.3 names a learning rate, no schedule
-    schedule = LambdaLR(optimizer, lambda step: 1.0 if constant else learning_rate(step, steps, 1.0, steps // 10))
-    copied = lambda: {k: v.clone() for k, v in part.state_dict().items()}
     start, totals = 0, torch.zeros(2, device=bench.device)  # sum of losses, steps
-    best, best_top1 = (None, -1.0) if start_top1 is None else (copied(), start_top1)
+    best, best_top1 = (None, -1.0) if start_top1 is None else (copy.deepcopy(part.state_dict()), start_top1)
     if state.get("key") == key:
         start, best, best_top1 = state["step"], state["best"], state["best_top1"]
         part.load_state_dict(state["part"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         totals += state["totals"].to(bench.device)
+    schedule = LambdaLR(optimizer, lambda step: 1.0 if constant else learning_rate(step, steps, 1.0, steps // 10), start - 1)
     ddp = DistributedDataParallel(model)
     tests = {math.ceil(steps * n / 10) for n in range(1, 11)}
     batches = bench.train_batches(task.train, batch, task.seed, start, steps)
@@ -314,25 +307,25 @@ def fit(bench: Bench, model: Classifier, task: Task, recipe: Recipe, stage: str,
         schedule.step()
         totals += torch.stack((loss.detach(), torch.ones_like(loss)))
         caught, line = run.stop_signal(), {}
-        if done in tests:
-            dist.all_reduce(totals)
-            mean = (totals[0] / totals[1]).item()
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"{key}: loss is not finite at step {done}, learning rate "
-                                         f"{schedule.get_last_lr()[0]:.2e}: lower --lr; the last checkpoint is kept")
-            totals.zero_()
-            top1, shown = None, f"loss {mean:.3f}"
-            if len(task.held_out):
-                top1, _ = bench.accuracy(model, task.held_out, "held-out")
-                model.train()
-                shown += f", held-out {top1:.1f} %"
-                if top1 > best_top1:
-                    best, best_top1 = copied(), top1
-            bar.set_postfix_str(shown, refresh=False)
-            line = dict(event="train", fit=key, step=done, steps=steps, loss=mean, held_out=top1)
         if caught or done in tests:
+            dist.all_reduce(totals.div_(world))  # from now on every rank's are the mean
+            if done in tests:
+                mean = (totals[0] / totals[1]).item()
+                if not math.isfinite(mean):
+                    raise FloatingPointError(f"{key}: loss is not finite at step {done}, learning rate "
+                                             f"{schedule.get_last_lr()[0]:.2e}: lower --lr; the last checkpoint is kept")
+                totals.zero_()
+                top1, shown = None, f"loss {mean:.3f}"
+                if len(task.held_out):
+                    top1, _ = bench.accuracy(model, task.held_out, "held-out")
+                    model.train()
+                    shown += f", held-out {top1:.1f} %"
+                    if top1 > best_top1:
+                        best, best_top1 = copy.deepcopy(part.state_dict()), top1
+                bar.set_postfix_str(shown, refresh=False)
+                line = dict(event="train", fit=key, step=done, steps=steps, loss=mean, held_out=top1)
             state.update(key=key, step=done, part=part.state_dict(), optimizer=optimizer.state_dict(), totals=totals,
-                         schedule=schedule.state_dict(), best=best, best_top1=best_top1)
+                         best=best, best_top1=best_top1)
             run.save(state, **line)
         if caught:
             run.leave(caught)
@@ -379,9 +372,12 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
     """One cell of the table: a classifier on frozen latents, then (ResNet head) both fine-tuned; or a
     network from scratch. A `result` for each stage; a trial of a recipe has one, and no test.
     What is in state["done"] already is not trained again. Returns the last stage's key there."""
-    args, source, held_top1 = bench.args, bench.source, None
+    args, source, earlier = bench.args, bench.source, None  # earlier: what the stage before has come to
     model = build_classifier(bench, task, recipe.dropout)
-    stages = ["scratch"] if source.supervised else ["frozen", "finetuned"] if args.head == "resnet" else ["frozen"]
+    if source.supervised:
+        stages = ["scratch"]
+    else:
+        stages = ["frozen", "finetuned"] if args.head == "resnet" else ["frozen"]
     for stage in stages[:1] if trial else stages:
         key = f"{source.name}/{source.arch}/{stage}/{task.labels:g}/seed {task.seed}{trial}"
         if stage == "finetuned":
@@ -390,11 +386,13 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
             model.frozen = False
             model.requires_grad_(True)
         if key in state["done"]:
-            held_top1 = state["done"][key]["held_out_top1"]
+            earlier = state["done"][key]
             if key in state["solution"]:  # where the next stage starts
                 model.head.load_state_dict(state["solution"][key])
             continue
-        before, clock, start_top1 = {k: v.clone() for k, v in model.encoder.state_dict().items()}, time.time(), held_top1
+        before = copy.deepcopy(model.encoder.state_dict()) if model.frozen else None
+        clock = time.time()
+        start_top1 = earlier and earlier["held_out_top1"]
         try:
             held_top1 = fit(bench, model, task, recipe, stage, key, run, state, start_top1)
         except FloatingPointError as error:
@@ -408,7 +406,7 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
             line = dict(event="trial", fit=key, **done)
         else:
             if start_top1 is not None and held_top1 == start_top1:  # still the fixed solution, which has been tested
-                top1, top5 = (state["done"][key.replace("/finetuned/", "/frozen/")][k] for k in ("top1", "top5"))
+                top1, top5 = earlier["top1"], earlier["top5"]
             else:
                 top1, top5 = bench.accuracy(model, task.test, "test")
             done |= dict(encoder=source.name, arch=source.arch, head="linear" if source.supervised else args.head,
@@ -417,16 +415,15 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
             line = dict(event="result", **done)
             if run.is_main and source.supervised and source.patch:
                 save_trunk(bench, task, model.encoder, run.folder)
-        finished, solution = state["done"] | {key: done}, {key: model.head.state_dict()} if stage == "frozen" else {}
+        earlier, finished = done, state["done"] | {key: done}
         state.clear()  # what `fit` kept there
-        state.update(done=finished, solution=solution)
+        # not a copy: once fine-tuning has moved the head, `fit` keeps what counts
+        state.update(done=finished, solution={key: model.head.state_dict()} if stage == "frozen" else {})
         run.save(state, **line)
     return key
 
 
-# ---------------------------------------------------------------------------------------------
-# What is shown
-# ---------------------------------------------------------------------------------------------
+# ---- What is shown ------------------------------------------------------------------------------
 
 
 def row_name(result: dict) -> str:
@@ -476,16 +473,14 @@ def save_neighbours(bench: Bench, test_set, path, queries: int = 10, among: int 
     save_image(make_grid(tiles / 255, nrow=nearest.shape[1], padding=2, pad_value=1), path)
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# ---- Command line -------------------------------------------------------------------------------
 
 # paper: A.3, Adam 5e-4 and 512 images; ours: the epochs, which are not stated
 LINEAR = dict(epochs=30, min_steps=0, batch_size=512, lr=5e-4, weight_decay=0.0, held_out=0.0, distort=False)
 # ours: at tiny scale a few hundred steps must do
 TINY = dict(tiny=True, crop=32, epochs=1, finetune_epochs=0.5, min_steps=60, finetune_lr=3e-4, batch_size=64,
             held_out=0.05)
-# ours: from random weights it takes longer: so many times the first stage's steps, or both stages' if that is more
+# ours: random weights need longer: 2.5 times the first stage's steps, or both stages' together if that is more
 SUPERVISED = 2.5
 TINY_LINEAR = dict(epochs=3, min_steps=0, lr=5e-3, held_out=0.0)
 
@@ -524,8 +519,8 @@ def parse_args(argv: list[str] | None = None):
     add("--distort", action=BooleanOptionalAction, default=True, help="Inception's colour distortion")
 
     early = parser.parse_known_args(argv)[0]
-    supervised_alone = early.head == "none" or (early.supervised is not None and not (early.labels or early.subset))
-    head = early.head or ("none" if supervised_alone else "resnet" if early.labels or early.subset else "linear")
+    few = early.labels or early.subset
+    head = early.head or ("resnet" if few else "linear" if early.supervised is None else "none")
     if head == "linear":
         parser.set_defaults_checked(LINEAR)
     if head == "none" and not any("patched" in name for name in early.supervised or ()):
@@ -541,7 +536,8 @@ def parse_args(argv: list[str] | None = None):
     if first and args.crop != first["crop"]:
         parser.error(f"--crop {args.crop} is not the {first['crop']} pixels of the encoder, which every row gets")
     args.head, args.labels = head, sorted(set(args.labels or [1.0]))
-    args.data = args.data or ("shapes" if args.tiny else "imagenet")
+    if args.data is None:
+        args.data = "shapes" if args.tiny else "imagenet"
     if args.supervised is None:
         args.supervised = []
     elif not args.supervised:
@@ -603,7 +599,8 @@ def main(args, encoders) -> None:
     sources = find_sources(args, encoders)
     run = Run(args, images_sha256=data.fingerprint(train_set, test_set), encoder_sha256=[e.sha256 for e in encoders], bf16=bf16,
               subset_sha256=sha256(args.subset) if args.subset else None)
-    state, recipes = run.start(images=len(train_set), classes=len(train_set.classes)) or {"done": {}, "solution": {}}, {}
+    state = run.start(images=len(train_set), classes=len(train_set.classes)) or {"done": {}, "solution": {}}
+    recipes = {}
     if run.is_main:
         names = data.image_names(train_set)
         for task in sum(tasks.values(), []):

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -36,9 +35,7 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------
-# Architectures
-# ---------------------------------------------------------------------------------------------
+# ---- Architectures ------------------------------------------------------------------------------
 
 # blocks per stack, channels per stack, bottleneck channels per stack, stem
 ARCHITECTURES = {
@@ -92,7 +89,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, width: int, stride: int, norm: str):
         super().__init__()
-        bias = norm == "none"  # a norm behind, here or after the sum, has a bias of its own
+        bias = norm == "none"  # elsewhere redundant: a norm follows, here or after the sum, with a bias of its own
         self.norm1 = norm_layer(norm, in_channels)
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=bias)
         self.norm2 = norm_layer(norm, width)
@@ -177,9 +174,7 @@ class Encoder(nn.Module):
         return latents.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)  # [B, D, G, G]
 
 
-# ---------------------------------------------------------------------------------------------
-# encoder.pt
-# ---------------------------------------------------------------------------------------------
+# ---- encoder.pt ---------------------------------------------------------------------------------
 
 FORMAT = 1  # of every file written here; raised when an old reader would misread a new file
 
@@ -243,9 +238,7 @@ def load_encoder(path: str | Path) -> tuple[Encoder, dict]:
     return encoder.eval(), saved
 
 
-# ---------------------------------------------------------------------------------------------
-# Encoders by the names that command lines give them
-# ---------------------------------------------------------------------------------------------
+# ---- Encoders by the names that command lines give them -----------------------------------------
 
 
 class TorchvisionGrid(nn.Module):
@@ -321,7 +314,7 @@ def find_encoders(parser: argparse.ArgumentParser, names: list[str],
         if name in files:
             encoder, file = files[name]
             arch = file["arch"] if len(files) == 1 else f"{file['arch']} {name}"
-            make = partial(lambda encoder, seed: copy.deepcopy(encoder), encoder)
+            make = lambda seed, encoder=encoder: copy.deepcopy(encoder)  # bound now: the loop goes on
             found.append(Representation(file["trained"].get("supervised", "cpc"), arch, make, file, sha256(name)))
         elif name == "random":
             if not files:
@@ -347,9 +340,7 @@ def assert_unchanged(network: nn.Module, before: dict) -> None:
         assert torch.equal(value, before[key]), f"the frozen encoder's {key} has changed"
 
 
-# ---------------------------------------------------------------------------------------------
-# A run: its flags, folder, log, checkpoint and signals, the same for every script
-# ---------------------------------------------------------------------------------------------
+# ---- A run: its flags, folder, log, checkpoint and signals, the same for every script -----------
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -461,7 +452,7 @@ class Run:
 
     ELSEWHERE = {"data", "out", "resume", "workers", "checkpointing", "compile", "benchmark", "save_every"}  # where and how
     BEFORE, START = "checkpoint-before.pt", b'{"event": "start"'
-    SAME = 2.0  # ours: seconds in which a second signal is the first's, which a job's processes get from all sides
+    SAME = 2.0  # ours: a signal so many seconds after the first is the same one, sent by terminal and torchrun
 
     def __init__(self, args: argparse.Namespace, **facts):
         """facts: what else must be the same for a run to be continued (its images, its encoder)."""
@@ -472,7 +463,8 @@ class Run:
         if self.launcher == "none":  # not given: the folder that each torchrun makes for its processes' errors
             file = os.environ.get("TORCHELASTIC_ERROR_FILE") or f"{os.getppid()}/attempt/rank/error.json"
             self.launcher = Path(file).parents[2].name
-        verdict = [self._open(args.resume) if self.is_main else None]
+        self.resume = args.resume
+        verdict = [(self._open(), self.resume) if self.is_main else None]
         dist.broadcast_object_list(verdict)  # rank 0 decides, so that all ranks leave together
         error, self.resume = verdict[0]
         if error:
@@ -480,28 +472,28 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
-    def _open(self, resume: bool) -> tuple[str | None, bool]:
-        """Take the folder; what is wrong with it, and whether to resume."""
+    def _open(self) -> str | None:
+        """Take the folder; what is wrong with it. A run that this torchrun has begun is resumed."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.folder / "log.jsonl", "ab+")
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a data loader's processes do not share it
         except BlockingIOError:
-            return f"another run is writing to {self.folder}: pass another --out", resume
+            return f"another run is writing to {self.folder}: pass another --out"
         except OSError as error:
             reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
-            return f"cannot use --out {self.folder}: {reason}", resume
+            return f"cannot use --out {self.folder}: {reason}"
         self.file.seek(0)
         lines = self.file.read().splitlines()
         there = lambda *names: any((self.folder / name).exists() for name in names)
         last = re.findall(rb'"launcher": (".*?")', b"\n".join(lines))[-1:]
-        resume = resume or last == [json.dumps(self.launcher).encode()]
-        if not resume and (lines or there("checkpoint.pt", "encoder.pt", "model.pt")):
-            return f"{self.folder} holds a run: pass --resume to continue it, or another --out", resume
+        self.resume = self.resume or last == [json.dumps(self.launcher).encode()]
+        if not self.resume and (lines or there("checkpoint.pt", "encoder.pt", "model.pt")):
+            return f"{self.folder} holds a run: pass --resume to continue it, or another --out"
         begun = any(not line.startswith(self.START[:len(line)]) for line in lines)  # of the first, half may be written
         if (begun or there("encoder.pt", "model.pt")) and not there("checkpoint.pt", self.BEFORE):
-            return f"{self.folder} holds a run without its checkpoint, or what is not ours: pass another --out", resume
-        return None, resume
+            return f"{self.folder} holds a run without its checkpoint, or what is not ours: pass another --out"
+        return None
 
     def _write(self, text: str) -> None:
         try:
@@ -545,8 +537,8 @@ class Run:
         return state
 
     def _rewind(self, size: int, line: str) -> None:
-        """The log as of a checkpoint: its first `size` bytes and `line`. What was done after it will be done
-        again, and half a line is of no use; that there were starts is kept."""
+        """The log as of a checkpoint: its first `size` bytes and `line`. Later lines are dropped, since their work
+        is done again; later starts are kept."""
         self.file.seek(0)
         text = self.file.read()
         size = text.rfind(b"\n", 0, size) + 1  # the same, unless somebody has edited it

@@ -2,7 +2,7 @@
 
     pytest test_cpc.py        # two CPU cores, under three minutes
 
-Sections follow the files: encoder, patches and data, objective, probe, whole commands.
+Sections follow the pipeline: encoder, patches and data, objective, probe, few labels, detection, whole commands.
 """
 
 import contextlib
@@ -55,9 +55,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# ---------------------------------------------------------------------------------------------
-# Encoder
-# ---------------------------------------------------------------------------------------------
+# ---- Encoder ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch, norm, millions", [
@@ -121,14 +119,16 @@ def test_no_norm_stays_finite_at_full_depth():
     assert 0.05 < latents.std() < 20
 
 
-def test_checkpointing_changes_no_gradient():
-    patches, gradients = torch.randn(4, 3, 8, 8), []
+def test_checkpointing_changes_no_gradient(monkeypatch):
+    """Each of the three blocks is recomputed, and that is all."""
+    patches, gradients, calls, checkpoint = torch.randn(4, 3, 8, 8), [], [], resnet.checkpoint
+    monkeypatch.setattr(resnet, "checkpoint", lambda *args, **rest: calls.append(args) or checkpoint(*args, **rest))
     for on in (False, True):
         torch.manual_seed(0)
         encoder = resnet.Encoder("tiny", checkpointing=on)
         encoder(patches).square().sum().backward()
         gradients.append(encoder.conv1.weight.grad)
-    assert torch.equal(*gradients)
+    assert torch.equal(*gradients) and len(calls) == 3
 
 
 def test_encoder_file(tmp_path):
@@ -183,9 +183,7 @@ def test_no_pickle_is_executed(tmp_path):
     assert (tmp_path / "made").exists()  # it would have
 
 
-# ---------------------------------------------------------------------------------------------
-# Patches and data
-# ---------------------------------------------------------------------------------------------
+# ---- Patches and data ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("crop, patch, stride, G", [(240, 80, 32, 6), (256, 64, 32, 7), (32, 8, 6, 5)])
@@ -199,11 +197,6 @@ def test_patches_equal_naive_slicing(crop, patch, stride, G):
                 y, x = i * stride, j * stride
                 assert torch.equal(patches[b, i, j], images[b, :, y:y + patch, x:x + patch])
     assert data.to_patches(images, CPU, patch, stride).is_contiguous()  # no pixel shared with a neighbour
-
-
-def test_geometry_that_does_not_tile_is_refused_with_the_numbers():
-    with pytest.raises(ValueError, match="crop 240, patch 80, stride 33"):
-        data.grid_side(240, 80, 33)
 
 
 def same_patches(n, P=16):
@@ -443,9 +436,7 @@ def test_unreadable_images_are_named_and_skipped_while_they_are_few(tmp_path, ca
         load(data.TrainBatches(120, 40, 0, 0, 3))
 
 
-# ---------------------------------------------------------------------------------------------
-# Objective
-# ---------------------------------------------------------------------------------------------
+# ---- Objective ----------------------------------------------------------------------------------
 
 
 def alive(module):
@@ -466,8 +457,7 @@ def test_context_is_causal_everywhere():
         for i in range(G):
             for j in range(G):
                 gradient, = torch.autograd.grad(context[0, :, i, j].sum(), latents, retain_graph=True)
-                expected = (rows <= i) & (rows >= i - 5) & ((cols - j).abs() <= (i - rows).clamp(0) + 5)
-                expected &= (cols - j).abs() <= 5
+                expected = (rows <= i) & (rows >= i - 5) & ((cols - j).abs() <= 5)
                 assert torch.equal(gradient[0].sum(0) != 0, expected), (i, j)
 
 
@@ -528,12 +518,6 @@ def test_info_nce_in_chunks_is_the_plain_form(chunk, monkeypatch):
         assert cpc.Contrast.apply(queries, torch.zeros(120, 16), labels)[1] == 0  # what a collapsed encoder gets
 
 
-def test_perfect_predictions_lose_nothing():
-    targets = 10 * F.normalize(torch.randn(2, 64, 5, 5, generator=generator()), dim=1)
-    loss, accuracy = cpc.info_nce(targets.roll(-2, 2), targets, 2)  # row i predicts row i + 2
-    assert accuracy == 1 and loss < 1e-3
-
-
 @pytest.mark.parametrize("directions, lengths", [(1, [2, 3, 4]), (2, [2]), (4, [2, 3])])
 def test_initial_loss_is_chance(directions, lengths):
     torch.manual_seed(0)
@@ -555,16 +539,14 @@ def test_one_batch_can_be_learned():
 
 
 def test_learning_rate():
-    rates = [cpc.learning_rate(step, 100, 2.0, 10) for step in range(100)]
+    rates = [resnet.learning_rate(step, 100, 2.0, 10) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == rates[10] == 2.0 and rates[-1] < 0.01
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
     for steps in range(1, 13):  # the shortest schedules learn too
-        assert all(0 < cpc.learning_rate(step, steps, 1.0, steps // 10) <= 1 for step in range(steps))
+        assert all(0 < resnet.learning_rate(step, steps, 1.0, steps // 10) <= 1 for step in range(steps))
 
 
-# ---------------------------------------------------------------------------------------------
-# Linear probe
-# ---------------------------------------------------------------------------------------------
+# ---- Linear probe -------------------------------------------------------------------------------
 
 
 def test_probe_is_a3():
@@ -586,9 +568,7 @@ def test_count_correct():
     assert evaluation.count_correct(logits[:, :3], labels % 3)[1] == 50  # fewer than five classes
 
 
-# ---------------------------------------------------------------------------------------------
-# Few labels
-# ---------------------------------------------------------------------------------------------
+# ---- Few labels ---------------------------------------------------------------------------------
 
 
 def test_label_subsets():
@@ -700,6 +680,7 @@ def test_frozen_then_fine_tuned(encoder_file, monkeypatch):
 def test_fine_tuning_that_only_harms_is_undone(encoder_file, monkeypatch):
     """Early stopping may stop at once: the state that fine-tuning starts from counts as well."""
     bench, states = make_bench(encoder_file, "--labels", "0.1"), []
+    bench.source.arch = "tiny runs/finetuned/encoder.pt"  # two encoders have their paths
 
     def accuracy(model, images, cache):
         states.append((cache, copy.deepcopy(model.state_dict()), model))
@@ -728,11 +709,8 @@ def test_early_stopping_restores_the_best_state(encoder_file, monkeypatch):
     scores = [10, 40, 20, 70, 30, 70, 5, 5, 5, 5]
 
     def accuracy(model, images, cache):
-        if cache == "test":
-            states.append(copy.deepcopy(model.head.state_dict()))
-            return 0.0, 0.0
         states.append(copy.deepcopy(model.head.state_dict()))
-        return scores[len(states) - 1], 0.0
+        return (0.0 if cache == "test" else scores[len(states) - 1]), 0.0
 
     monkeypatch.setattr(bench, "accuracy", accuracy)
     logged = fit_cell(bench)
@@ -845,9 +823,7 @@ def test_torchvision_models_are_representations_too(name, channels, side, tmp_pa
         resnet.TorchvisionGrid(name, str(weights))
 
 
-# ---------------------------------------------------------------------------------------------
-# Detection
-# ---------------------------------------------------------------------------------------------
+# ---- Detection ----------------------------------------------------------------------------------
 
 
 def truth(*boxes, labels=None, difficult=()):
@@ -1054,9 +1030,7 @@ def test_colors_are_dropped_over_the_whole_image():
     assert set(kept) == {1, 3} and 70 < kept.count(1) < 130
 
 
-# ---------------------------------------------------------------------------------------------
-# Whole commands
-# ---------------------------------------------------------------------------------------------
+# ---- Whole commands -----------------------------------------------------------------------------
 
 TINY = ["--tiny", "--batch-size", "8", "--epochs", "2", "--warmup", "2"]
 
@@ -1521,11 +1495,8 @@ def check_gradients():
     ("cpc.py", ["--tiny", "--warmup", "496"], "--warmup 496 is all of the 496 steps"),
     ("cpc.py", ["--tiny", "--arch", "resnet92"], "pass --stem 3x3"),
     ("cpc.py", ["--tiny", "--batch-size", "9000"], "4000 images, fewer than --batch-size 9000"),
-    ("cpc.py", ["--tiny", "--color-drop", "2"], "--color-drop 2.0 is not between 0 and 1"),
     ("cpc.py", ["--tiny", "--direction", "4"], "unrecognized arguments"),
     ("cpc.py", ["--tiny", "--norm", "group"], "invalid choice: 'group'"),
-    ("cpc.py", ["--tiny", "--save-every", "0"], "--save-every 0 is not between 1"),
-    ("cpc.py", ["--tiny", "--lr", "nan"], "--lr nan is not between"),
     ("eval.py", ["--encoder", "/dev/null"], "/dev/null is damaged or not ours (EOFError): make it again with cpc.py"),
     ("eval.py", ["--encoder", "/dev/"], "/dev/ is a folder: pass /dev/encoder.pt"),
     ("eval.py", ["--encoder", "none.pt"], "no encoder at none.pt: run cpc.py first"),
@@ -1533,6 +1504,7 @@ def check_gradients():
     ("eval.py", ["--tiny", "--head", "none"], "--head none leaves nothing to train"),
     ("eval.py", ["--tiny", "--supervised", "--labels", "0", "--head", "none"], "--labels [0.0] is not between"),
     ("eval.py", ["--tiny", "--supervised", "--subset", ""], "--subset is empty"),
+    ("eval.py", ["--tiny", "--supervised", "--data", ""], "--data is empty"),
     ("eval.py", ["--tiny", "--supervised", "--sweep", "4", "--held-out", "0"], "--sweep needs held-out images"),
     ("eval.py", ["--tiny", "--supervised", "patched"], "no encoder at runs/cpc/encoder.pt"),
     ("eval.py", ["--tiny", "--encoder", "torchvision:resnet19"], "torchvision has no such"),
@@ -1546,7 +1518,7 @@ def check_gradients():
     ("detect.py", ["--encoder", "torchvision:resnet18"], "trainval.txt: pass --data DIR with VOCdevkit/VOC2007"),
     ("detect.py", ["--encoder", "torchvision:resnet18", "--side", "8"], "--side 8 is not between 32 and 10000"),
     ("detect.py", ["--detect", ""], "no detector at runs/detect/model.pt"),
-    ("detect.py", ["--detect", "photo.jpg"], "no detector at runs/detect/model.pt"),
+    ("detect.py", ["--encoder", "torchvision:resnet18", "--data", ""], "--data is empty"),
 ])
 def test_mistakes_get_one_line(script, flags, message, tmp_path, monkeypatch, capsys):
     module = {"cpc.py": cpc, "eval.py": evaluation, "detect.py": detect}[script]
@@ -1610,7 +1582,7 @@ def test_flags_at_random():
             shape = encoder.grid(torch.empty(2, G, G, 3, args.patch, args.patch)).shape
         model = cpc.CPC(encoder, args.directions, args.lengths, args.hidden, args.target_dim, args.emb_scale)
         assert shape == (2, encoder.out_channels, G, G) and (G > 12 or model.contrast(torch.randn(shape))[0].isfinite()), flags
-        assert 0 <= cpc.learning_rate(1, 2, args.lr, args.warmup) <= args.lr, flags
+        assert 0 <= resnet.learning_rate(1, 2, args.lr, args.warmup) <= args.lr, flags
         accepted += 1
     assert accepted > 25 and refused > 25
 
