@@ -12,7 +12,7 @@ ResNet on the frozen latents, then both fine-tuned from that solution. Supervise
 held-out images and augmentation, from pixels. A `result` line in log.jsonl for each, then a table.
 
 Results: shapes, 1 % of the labels (40), five seeds, top-1 77.6 ± 6.3 fine-tuned, 47.8 ± 9.0 from pixels; 4,200 photos, 1 %
-(40), three seeds, 35.3 ± 1.3 and 30.1 ± 4.4; on CIFAR-10 no lasting gain (README). At the paper's scale not yet measured.
+(40), three seeds, 39.2 ± 2.6 and 35.6 ± 1.5; on CIFAR-10 no lasting gain (README). At the paper's scale not yet measured.
 
 Shapes: B batch, G grid side, D latent channels.
 """

@@ -138,6 +138,8 @@ results() {  # the README's tables; on one core about a day, most of it CIFAR-10
         score eval cifar-small-long-linear cifar-small-long --epochs 1 --held-out 0.02
         photos
         score eval photos-few photos --labels 0.01 0.1 --batch-size 32 --min-steps 150 --supervised tiny:7x7 small:7x7 --seeds 3
+        photos_half 10
+        score eval photos-half-10-few photos-half-10 --labels 0.01 0.1 --batch-size 32 --min-steps 450
         photos_half 40
         score eval photos-half-few photos-half-40 --labels 0.01 0.1 --batch-size 32 --min-steps 450 --supervised tiny:7x7 tiny:3x3/2 --seeds 3
         score eval photos-pixels-long photos --head none --labels 0.01 --batch-size 32 --min-steps 450 --supervised tiny:7x7
