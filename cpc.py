@@ -118,6 +118,7 @@ def info_nce(predictions: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tens
     t = torch.arange(B * rows * G, device=targets.device)
     labels = t // (rows * G) * (G * G) + k * G + t % (rows * G)
     with torch.autocast(targets.device.type, enabled=False):  # ours: logits in float32
+        # A.2, whose labels are one-hot: F.cross_entropy(queries @ candidates.T, labels), in chunks
         return Contrast.apply(queries, candidates, labels)
 
 

@@ -135,7 +135,6 @@ results() {  # the README's tables; on one core about a day, most of it CIFAR-10
         few cifar-small-short cifar-small --labels 0.01 --min-steps 500
         cpc cifar-small-long --data "$data/cifar10" --arch small --patch 16 --stride 8 --stem 3x3/2 --min-area 0.4 --lengths 1 2 --epochs 8
         score eval cifar-small-long-few cifar-small-long --labels 0.01 --batch-size 32 --held-out 0.02 --min-steps 1500
-        score eval cifar-small-long-linear cifar-small-long --epochs 1 --held-out 0.02
         photos
         score eval photos-few photos --labels 0.01 0.1 --batch-size 32 --min-steps 150 --supervised tiny:7x7 small:7x7 --seeds 3
         photos_half 10
@@ -185,9 +184,7 @@ EOF
         done
         voc=(--data "$data" --side 240 --regions 32 --batch-size 8 --proposals 100 --epochs 6 --finetune-epochs 3 --lr 2e-3 --finetune-lr 5e-4)
         photos_half 10
-        photos_half 40
         score detect voc photos-half-10 random "${voc[@]}"
-        score detect voc-40 photos-half-40 "${voc[@]}"
         score eval photos-patched photos-half-10 --head none --supervised patched --epochs 4 --batch-size 32
         script detect voc-patched --encoder "$out/photos-patched/patched-1-seed-0.pt" "${voc[@]}"
     fi
