@@ -214,8 +214,8 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, patches: Tensor, 
 
 def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool) -> None:
     """The run: from its checkpoint, or the start, to `encoder.pt`."""
-    epoch, chance = len(dataset) // args.batch_size, chance_loss(args)
-    steps = args.epochs * epoch
+    steps_per_epoch, chance = len(dataset) // args.batch_size, chance_loss(args)
+    steps = args.epochs * steps_per_epoch
     run = Run(args, images_sha256=data.fingerprint(dataset), bf16=bf16)
     state = run.start(images=len(dataset), steps=steps, chance_loss=chance)
     # ours: Polyak averaging, of the encoder alone, since nothing else is kept
@@ -258,14 +258,15 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
             bar.set_postfix_str(f"loss {loss:.2f} (chance {chance:.2f}), accuracy {accuracy:.4f} (chance "
                                 f"{math.exp(-chance):.4f}), {speed:.0f} images/s", refresh=False)
         done, caught, line = step + 1, run.stop_signal(), {}
-        if caught or done % epoch == 0 or done % args.save_every == 0:
+        if caught or done % steps_per_epoch == 0 or done % args.save_every == 0:
             dist.all_reduce(totals.div_(dist.get_world_size()))  # from now on every rank's are the mean
-            if done % epoch == 0:
+            if done % steps_per_epoch == 0:
                 mean_loss, mean_accuracy = (totals[:2] / totals[2]).tolist()
                 totals.zero_()
                 seconds, seen = time.time() - clock, (done - clock_step) * args.batch_size
-                line = dict(event="epoch", epoch=done // epoch, step=done, loss=mean_loss, accuracy=mean_accuracy,
-                            chance_loss=chance, lr=lr, seconds=round(seconds, 3), images_per_second=round(seen / seconds, 1))
+                line = dict(event="epoch", epoch=done // steps_per_epoch, step=done, loss=mean_loss,
+                            accuracy=mean_accuracy, chance_loss=chance, lr=lr, seconds=round(seconds, 3),
+                            images_per_second=round(seen / seconds, 1))
                 clock, clock_step = time.time(), done
             run.save({"step": done, "totals": totals, "model": model.state_dict(),
                       "average": average.state_dict(), "optimizer": optimizer.state_dict()}, **line)
@@ -479,11 +480,11 @@ def main(args) -> None:
     device = data.start_process()
     bf16 = data.has_bf16(device) if args.bf16 is None else args.bf16
     dataset = data.load_dataset(args.data, "pretrain", args.crop)
-    epoch = len(dataset) // args.batch_size  # steps; a last partial batch is dropped
-    if not epoch:
+    steps_per_epoch = len(dataset) // args.batch_size  # a last partial batch is dropped
+    if not steps_per_epoch:
         raise SystemExit(f"{args.data} has {len(dataset)} images, fewer than --batch-size {args.batch_size}")
-    if args.warmup >= args.epochs * epoch and not args.benchmark:
-        raise SystemExit(f"--warmup {args.warmup} is all of the {args.epochs * epoch} steps: lower it")
+    if args.warmup >= args.epochs * steps_per_epoch and not args.benchmark:
+        raise SystemExit(f"--warmup {args.warmup} is all of the {args.epochs * steps_per_epoch} steps: lower it")
 
     torch.manual_seed(args.seed)  # the same initial weights everywhere
     if args.checkpointing is None:  # ours: 64 images of ResNet-161 do not fit in 80 GB without
@@ -500,8 +501,8 @@ def main(args) -> None:
               f"{millions(model)}\n"
               f"{len(dataset)} images, {G}x{G} patches of {args.patch} pixels each; {args.batch_size} images a "
               f"step on {world} x {device.type} in {'bfloat16' if bf16 else 'float32'}\n"
-              f"{args.epochs} epochs of {epoch} steps; loss at chance log({args.batch_size // world * G * G}) = "
-              f"{chance_loss(args):.3f}")
+              f"{args.epochs} epochs of {steps_per_epoch} steps; loss at chance "
+              f"log({args.batch_size // world * G * G}) = {chance_loss(args):.3f}")
     (benchmark if args.benchmark else train)(args, device, dataset, model, optimizer, bf16)
 
 

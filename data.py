@@ -378,9 +378,10 @@ def read_voc(root: Path, which: str) -> Objects:
         raise SystemExit(f"no {path}: pass --data DIR with VOCdevkit/VOC2007 in it, or --data shapes")
     voc = datasets.VOCDetection(root, "2007", which)
     missing = [path for path in (*voc.images, *voc.annotations) if not os.path.isfile(path)]
-    if missing or not len(voc):
-        raise SystemExit(f"{len(missing)} files of VOC 2007's {which} are missing, the first {missing[0]}" if missing else
-                         f"{path} lists no image")
+    if missing:
+        raise SystemExit(f"{len(missing)} files of VOC 2007's {which} are missing, the first {missing[0]}")
+    if not len(voc):
+        raise SystemExit(f"{path} lists no image")
     classes = FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # VOC's twenty, without the background
     return Objects(voc, classes, [Path(path).stem for path in voc.images])
 
@@ -514,7 +515,7 @@ class Seeded(Dataset):
                 self.unreadable[index] = True
                 count, images = int(self.unreadable.sum()), len(self.dataset)
                 if count > self.skip * images:
-                    raise Unreadable(f"{error}" + f" ({count} of {images} images, more than 1 %)" * (self.skip > 0))
+                    raise Unreadable(f"{error} ({count} of {images} images, more than 1 %)") if self.skip else error
                 if new:
                     print(f"skipped: {error} ({count} of {images} images)", file=sys.stderr, flush=True)
                 index = (index + 1) % images
@@ -629,10 +630,11 @@ def drop_colors(x: Tensor, probability: float, generator: torch.Generator) -> Te
     sheet = torch.randn(x.shape[1:], generator=generator, device=x.device)
     which = drop.nonzero()[:, 0]
     keep = keep[which]
-    left = x[which, keep]  # [n, H, W]
+    channels = x.view(-1, *x.shape[2:])  # [3N, H, W], the same memory: whole channels are copied faster than indexed
+    left = channels.index_select(0, 3 * which + keep)  # [n, H, W]
     deviation = (left.square().mean((1, 2)) - left.mean((1, 2)).square()).clamp(min=0).sqrt()[:, None, None]
     for other in ((keep + 1) % 3, (keep + 2) % 3):
-        x[which, other] = 0.01 * deviation * sheet[other]
+        channels.index_copy_(0, 3 * which + other, sheet.index_select(0, other).mul_(0.01 * deviation))
     return x
 
 

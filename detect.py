@@ -11,8 +11,8 @@ The encoder is conv1..conv4 of a ResNet. Sec. 4.3 "replaced the neural network c
 Faster-RCNN": here torchvision's, with the encoder run fully convolutionally as its trunk and a fresh
 conv5 on the regions. First the trunk is fixed, then everything is fine-tuned from that solution.
 
-Results: shapes, three seeds, mAP 42.1 ± 6.6 fine-tuned, 3.8 ± 1.1 from random weights, in eight times the steps 88.4 ± 5.7
-and 17.1 ± 2.8; a part of VOC 2007, one seed, 5.5 and 2.4 (README). At the paper's scale not yet measured.
+Results: shapes, three seeds, mAP 42.1 ± 6.6 fine-tuned, 3.8 ± 1.1 from random weights, in eight times the steps
+88.4 ± 5.7 and 17.1 ± 2.8; a part of VOC 2007, one seed, 5.5 and 2.4 (README). At the paper's scale not yet measured.
 
 Shapes: N images, R regions, D latent channels, H W an image's sides.
 """
@@ -191,7 +191,7 @@ def average_precisions(detections: list[dict], truths: list[dict], classes: list
 # ---- Training and testing -----------------------------------------------------------------------
 
 
-def pairs(items: list[tuple]) -> tuple:
+def collate(items: list[tuple]) -> tuple:
     """A batch as (images, truths): images differ in size."""
     return tuple(zip(*items))
 
@@ -218,7 +218,7 @@ def fit(args, phase: str, model: FasterRCNN, objects, device: torch.device, run:
     ddp = DistributedDataParallel(model)
     stops = {math.ceil(steps * n / 10) for n in range(1, 11)}  # where a line is logged and the state saved
     batches = data.TrainBatches(len(objects), batch, args.seed, start, steps)
-    loader = data.load_batches(objects, data.objects_transform(train=True), batches, device, args.workers, pairs)
+    loader = data.load_batches(objects, data.objects_transform(train=True), batches, device, args.workers, collate)
     bar = tqdm(loader, desc=key, initial=start, total=steps, disable=not run.is_main, mininterval=1)
     model.train()
     for done, (images, truths) in enumerate(bar, start + 1):
@@ -231,8 +231,8 @@ def fit(args, phase: str, model: FasterRCNN, objects, device: torch.device, run:
         norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)  # ours: a batch of bad boxes is survived
         if not norm.isfinite():  # the same on every rank
             loss, lr = float(sum(losses.values())), schedule.get_last_lr()[-1]
-            raise SystemExit(f"{key}: gradients are not finite at step {done}, loss {loss:.3g}, learning rate {lr:.2e}: "
-                             f"lower --lr; the last checkpoint is kept")
+            raise SystemExit(f"{key}: gradients are not finite at step {done}, loss {loss:.3g}, learning rate "
+                             f"{lr:.2e}: lower --lr; the last checkpoint is kept")
         optimizer.step()
         schedule.step()
         totals += torch.stack([loss.detach() for loss in losses.values()] + [torch.ones((), device=device)])
@@ -255,7 +255,7 @@ def detect_all(args, model: FasterRCNN, objects, device: torch.device, run: Run)
     """Every image's detections, from all processes, each image once: boxes in its own pixels."""
     model.eval()
     batches, world = data.TestBatches(len(objects), 1), dist.get_world_size()
-    loader = data.load_batches(objects, data.objects_transform(train=False), batches, device, args.workers, pairs)
+    loader = data.load_batches(objects, data.objects_transform(train=False), batches, device, args.workers, collate)
     found = []
     bar = tqdm(loader, desc="test", total=len(batches), disable=not run.is_main, mininterval=1)
     for n, (images, _) in enumerate(bar):
@@ -288,9 +288,9 @@ def draw(image: Tensor, found: dict, classes: list[str], truth: dict | None = No
     image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     if truth is not None and len(truth["boxes"]):
         image = draw_bounding_boxes(image, truth["boxes"] * scale, colors="lime", width=1)
-    sure = found["scores"] >= score
-    names = [f"{classes[y - 1]} {s:.2f}" for y, s in zip(found["labels"][sure].tolist(), found["scores"][sure].tolist())]
-    return draw_bounding_boxes(image, found["boxes"][sure] * scale, names, colors="red", width=2) if names else image
+    sure = {k: v[found["scores"] >= score] for k, v in found.items()}
+    names = [f"{classes[y - 1]} {s:.2f}" for y, s in zip(sure["labels"].tolist(), sure["scores"].tolist())]
+    return draw_bounding_boxes(image, sure["boxes"] * scale, names, colors="red", width=2) if names else image
 
 
 def save_picture(path: Path, objects, detections: list[dict], images: int = 12) -> None:
@@ -362,7 +362,8 @@ def parse_args(argv: list[str] | None = None):
         help="trunk fixed, or everything trained: from the frozen solution, or alone from the encoder")  # paper: both
     add("--detect", metavar="IMAGE", help="draw what the run in --out finds in a picture, train nothing")
     # Sec. 2.2: color-dropping and scale-augmentation, which is around --side
-    add("--side", type=int, default=480, help="shorter side of test images, pixels; in training half to 1.5 of the area")
+    add("--side", type=int, default=480,
+        help="shorter side of test images, pixels; in training half to 1.5 of the area")
     add("--color-drop", type=float, default=0.5, help="probability for an image")  # ours: not stated
     add("--proposals", type=int, default=300, help="regions of a test image")  # Ren et al. 2015
     add("--regions", type=int, default=128, help="of a training image")  # Ren et al. 2015
@@ -399,13 +400,14 @@ def main(args, encoders) -> None:
     if len(train_set) < dist.get_world_size():
         raise SystemExit(f"{args.data} has {len(train_set)} training images, fewer than processes")
     truths = [test_set.truth(i) for i in range(len(test_set))]
-    run = Run(args, images_sha256=data.fingerprint(train_set, test_set), encoder_sha256=[e.sha256 for e in encoders], bf16=bf16)
+    run = Run(args, images_sha256=data.fingerprint(train_set, test_set), bf16=bf16,
+              encoder_sha256=[e.sha256 for e in encoders])
     state = run.start(images=len(train_set), classes=train_set.classes) or {"done": {}, "solution": {}}
     sizes = dict(side=args.side, tiny=args.tiny, proposals=args.proposals, regions=args.regions)
     if run.is_main:
-        print(f"{len(train_set)} training and {len(test_set)} test images, {len(train_set.classes)} classes, shorter side "
-              f"{args.side}{', tiny scale' * args.tiny}; {args.batch_size} images a step on {dist.get_world_size()} x "
-              f"{device.type} in {'bfloat16' if bf16 else 'float32'}")
+        print(f"{len(train_set)} training and {len(test_set)} test images, {len(train_set.classes)} classes, shorter "
+              f"side {args.side}{', tiny scale' if args.tiny else ''}; {args.batch_size} images a step on "
+              f"{dist.get_world_size()} x {device.type} in {'bfloat16' if bf16 else 'float32'}")
     names = [encoder.name for encoder in encoders]
     for n, encoder in enumerate(encoders):
         row = encoder.name if names.count(encoder.name) == 1 else f"{encoder.name}-{n}"
@@ -425,14 +427,16 @@ def main(args, encoders) -> None:
             if phase == "frozen":
                 assert_unchanged(network, before)
             detections = detect_all(args, model, test_set, device, run)
-            result = dict(encoder=encoder.name, arch=encoder.arch, phase=phase, seed=args.seed,
-                          seconds=round(time.time() - clock, 1), **average_precisions(detections, truths, test_set.classes))
+            seconds = round(time.time() - clock, 1)
+            result = dict(encoder=encoder.name, arch=encoder.arch, phase=phase, seed=args.seed, seconds=seconds,
+                          **average_precisions(detections, truths, test_set.classes))
             if run.is_main:
                 write_voc(run.folder / key, detections, test_set)
                 save_picture(run.folder / key / "test.png", test_set, detections)
                 if n == 0:
-                    described = dict(arch=network.arch, norm=getattr(network, "norm", None), sizes=sizes, trained=vars(args),
-                                     stem=getattr(network, "stem", None), classes=test_set.classes)
+                    described = dict(arch=network.arch, norm=getattr(network, "norm", None),
+                                     stem=getattr(network, "stem", None), sizes=sizes, classes=test_set.classes,
+                                     trained=vars(args))
                     atomic_save({"kind": "detector", "format": FORMAT, **described, "state": model.state_dict()},
                                 run.folder / "model.pt")
             done = state["done"] | {key: result}

@@ -11,8 +11,9 @@ Linear: the encoder frozen, batch norm and one linear layer. Efficient (`--label
 ResNet on the frozen latents, then both fine-tuned from that solution. Supervised: the same labels,
 held-out images and augmentation, from pixels. A `result` line in log.jsonl for each, then a table.
 
-Results: shapes, 1 % of the labels (40), five seeds, top-1 77.6 ± 6.3 fine-tuned, 47.8 ± 9.0 from pixels; 4,200 photos, 1 %
-(40), three seeds, 39.2 ± 2.6 and 35.6 ± 1.5; on CIFAR-10 no lasting gain (README). At the paper's scale not yet measured.
+Results: shapes, 1 % of the labels (40), five seeds, top-1 77.6 ± 6.3 fine-tuned, 47.8 ± 9.0 from pixels; 4,200 photos,
+1 % (40), three seeds, 39.2 ± 2.6 and 35.6 ± 1.5; on CIFAR-10 no lasting gain (README). At the paper's scale not yet
+measured.
 
 Shapes: B batch, G grid side, D latent channels.
 """
@@ -290,7 +291,8 @@ def fit(bench: Bench, model: Classifier, task: Task, recipe: Recipe, stage: str,
         part.load_state_dict(state["part"])
         optimizer.load_state_dict(state["optimizer"])
         totals += state["totals"].to(bench.device)
-    schedule = LambdaLR(optimizer, lambda step: 1.0 if constant else learning_rate(step, steps, 1.0, steps // 10), start - 1)
+    factor = (lambda step: 1.0) if constant else partial(learning_rate, steps=steps, peak=1.0, warmup=steps // 10)
+    schedule = LambdaLR(optimizer, factor, start - 1)
     ddp = DistributedDataParallel(model)
     tests = {math.ceil(steps * n / 10) for n in range(1, 11)}
     batches = bench.train_batches(task.train, batch, task.seed, start, steps)
@@ -312,8 +314,9 @@ def fit(bench: Bench, model: Classifier, task: Task, recipe: Recipe, stage: str,
             if done in tests:
                 mean = (totals[0] / totals[1]).item()
                 if not math.isfinite(mean):
-                    raise FloatingPointError(f"{key}: loss is not finite at step {done}, learning rate "
-                                             f"{schedule.get_last_lr()[0]:.2e}: lower --lr; the last checkpoint is kept")
+                    raise FloatingPointError(
+                        f"{key}: loss is not finite at step {done}, learning rate {schedule.get_last_lr()[0]:.2e}: "
+                        f"lower --lr; the last checkpoint is kept")
                 totals.zero_()
                 top1, shown = None, f"loss {mean:.3f}"
                 if len(task.held_out):
@@ -365,7 +368,8 @@ def save_trunk(bench: Bench, task: Task, encoder: Encoder, folder: Path) -> None
     source = bench.source
     geometry = dict(crop=source.crop, patch=source.patch, stride=source.stride, mean=data.MEAN, std=data.STD)
     how = dict(supervised=source.name, labels=task.labels, image_aug="inception", jitter=False, flip=0.0)
-    save_encoder(folder / f"{source.name}-{task.labels:g}-seed-{task.seed}.pt", encoder, geometry, vars(bench.args) | how)
+    path = folder / f"{source.name}-{task.labels:g}-seed-{task.seed}.pt"
+    save_encoder(path, encoder, geometry, vars(bench.args) | how)
 
 
 def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, trial: str = "") -> str:
@@ -505,7 +509,8 @@ def parse_args(argv: list[str] | None = None):
     add("--seeds", type=int, default=1, help="runs, each with its own labels and weights")
     # the recipe: ours, but for A.4's learning rates, and for the linear probe's
     add("--epochs", type=float, default=50, help="over the labelled images")
-    add("--finetune-epochs", type=float, default=50, help="of fine-tuning; the supervised rows get 2.5 times --epochs, or both together")
+    add("--finetune-epochs", type=float, default=50,
+        help="of fine-tuning; the supervised rows get 2.5 times --epochs, or both together")
     add("--min-steps", type=int, default=10_000, help="at least, for few labels; for --finetune-epochs in proportion")
     add("--batch-size", type=int, default=512, help="images of all processes together")
     add("--lr", type=float, default=0.1, help="peak learning rate, linear probe: of Adam")
@@ -597,8 +602,8 @@ def main(args, encoders) -> None:
         raise SystemExit(f"--held-out {args.held_out} of {len(train_set)} images in {len(train_set.classes)} classes "
                          f"is none: raise it, or pass 0 for a fixed schedule")
     sources = find_sources(args, encoders)
-    run = Run(args, images_sha256=data.fingerprint(train_set, test_set), encoder_sha256=[e.sha256 for e in encoders], bf16=bf16,
-              subset_sha256=sha256(args.subset) if args.subset else None)
+    run = Run(args, images_sha256=data.fingerprint(train_set, test_set), bf16=bf16,
+              encoder_sha256=[e.sha256 for e in encoders], subset_sha256=sha256(args.subset) if args.subset else None)
     state = run.start(images=len(train_set), classes=len(train_set.classes)) or {"done": {}, "solution": {}}
     recipes = {}
     if run.is_main:

@@ -193,7 +193,8 @@ def atomic_save(obj: dict, path: Path, before: Path | None = None) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
-        raise SystemExit(f"cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'}; what was there is kept")
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise SystemExit(f"cannot write {path}: {reason}; what was there is kept")
 
 
 def load_file(path: Path, kind: str) -> dict:
@@ -414,10 +415,12 @@ def one_line(parse_args: Callable, main: Callable) -> None:
     except KeyboardInterrupt:  # there is no run yet that could be saved
         raise SystemExit(130)
     except OSError as error:
-        where = error.filename or "in the folder of --out, or where the output goes" * (error.errno == errno.ENOSPC)
+        full = "in the folder of --out, or where the output goes" if error.errno == errno.ENOSPC else ""
+        where = error.filename or full
         raise SystemExit(f"{error.strerror or error}{f': {where}' if where else ''}")
     except (RuntimeError, MemoryError) as error:
-        known = "can't allocate memory" if isinstance(error, MemoryError) else next((k for k in KNOWN if k in str(error)), None)
+        text = "can't allocate memory" if isinstance(error, MemoryError) else str(error)
+        known = next((k for k in KNOWN if k in text), None)
         if not known:
             raise
         raise SystemExit(f"{KNOWN[known]} ({' '.join(str(error).split())[:200] or type(error).__name__})")
@@ -450,9 +453,10 @@ class Run:
     `stop_signal` to pick up between two steps; another one, later, ends the process at once.
     """
 
-    ELSEWHERE = {"data", "out", "resume", "workers", "checkpointing", "compile", "benchmark", "save_every"}  # where and how
+    # where and how it runs
+    MAY_DIFFER = {"data", "out", "resume", "workers", "checkpointing", "compile", "benchmark", "save_every"}
     BEFORE, START = "checkpoint-before.pt", b'{"event": "start"'
-    SAME = 2.0  # ours: a signal so many seconds after the first is the same one, sent by terminal and torchrun
+    SAME_SIGNAL = 2.0  # ours: a signal so many seconds after the first is the same one, sent by terminal and torchrun
 
     def __init__(self, args: argparse.Namespace, **facts):
         """facts: what else must be the same for a run to be continued (its images, its encoder)."""
@@ -517,9 +521,10 @@ class Run:
             try:
                 saved = load_file(path, "checkpoint")
             except SystemExit as error:
-                older = path.name != self.BEFORE and (self.folder / self.BEFORE).exists()
-                raise SystemExit(f"{error}; " + (f"{self.BEFORE} beside it is the one before: rename it to go on from there"
-                                                 if older else "pass another --out to begin again"))
+                fix = "pass another --out to begin again"
+                if path.name != self.BEFORE and (self.folder / self.BEFORE).exists():
+                    fix = f"{self.BEFORE} beside it is the one before: rename it to go on from there"
+                raise SystemExit(f"{error}; {fix}")
             for key, now in self._identity().items():
                 if saved["args"].get(key) != now:
                     raise SystemExit(f"{path} was made with {key.replace('_', '-')} {saved['args'].get(key)}, "
@@ -531,9 +536,10 @@ class Run:
             raise SystemExit(f"not all processes find the same {path}: --out must be a folder that all nodes share")
         if self.is_main:
             self._rewind(*log)
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)
         self.log("start", args=self.args, **self.facts, **fields, resumed=state is not None, launcher=self.launcher,
-                 commit=git_commit(), python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__,
-                 world_size=dist.get_world_size(), time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+                 commit=git_commit(), **versions, world_size=dist.get_world_size(),
+                 time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         return state
 
     def _rewind(self, size: int, line: str) -> None:
@@ -549,7 +555,7 @@ class Run:
 
     def _identity(self) -> dict:
         """What must be the same for a run to be continued."""
-        same = {k: v for k, v in self.args.items() if k not in self.ELSEWHERE}
+        same = {k: v for k, v in self.args.items() if k not in self.MAY_DIFFER}
         return same | self.facts | {"processes": dist.get_world_size()}
 
     def save(self, state: dict, event: str | None = None, **fields) -> None:
@@ -558,14 +564,15 @@ class Run:
         if self.is_main:
             line = json.dumps({"event": event, **fields}) + "\n" if event else ""
             os.fsync(self.file.fileno())  # never behind the checkpoint
-            atomic_save({"kind": "checkpoint", "format": FORMAT, "args": self._identity(), "state": state,
-                         "log": (self.file.seek(0, os.SEEK_END), line)}, self.folder / "checkpoint.pt", self.folder / self.BEFORE)
+            log = self.file.seek(0, os.SEEK_END), line
+            atomic_save({"kind": "checkpoint", "format": FORMAT, "args": self._identity(), "state": state, "log": log},
+                        self.folder / "checkpoint.pt", self.folder / self.BEFORE)
             self._write(line)
 
     def _on_signal(self, number, frame) -> None:
         if not self.signal:
             self.signal, self.caught = number, time.monotonic()
-        elif time.monotonic() - self.caught > self.SAME:
+        elif time.monotonic() - self.caught > self.SAME_SIGNAL:
             os._exit(128 + number)
 
     def stop_signal(self) -> int:

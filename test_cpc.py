@@ -1439,7 +1439,8 @@ def test_two_processes(folder, voc, tmp_path):
     assert not starts[0] and starts[-1]
     states = [resnet.load_encoder(tmp_path / name / "encoder.pt")[0].state_dict().values() for name in ("undisturbed", "cpc")]
     assert all(map(torch.equal, *states))
-    assert [e["step"] for e in events(tmp_path / "cpc", "epoch")] == [5, 10]
+    epochs = [[(e["step"], e["loss"], e["accuracy"]) for e in events(tmp_path / name, "epoch")] for name in ("undisturbed", "cpc")]
+    assert epochs[0] == epochs[1] and [step for step, *_ in epochs[0]] == [5, 10]
     assert events(tmp_path / "cpc", "epoch")[0]["chance_loss"] == pytest.approx(math.log(4 * 25))  # local negatives
     assert len(events(tmp_path / "eval", "result")) == 2
     assert all(r["top1"] in [round(100 * n / 11, 3) for n in range(12)] for r in events(tmp_path / "eval", "result"))
