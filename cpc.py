@@ -63,7 +63,7 @@ class PixelCNN(nn.Module):
 
 class Contrast(torch.autograd.Function):
     """A.2's loss, F.cross_entropy(queries @ candidates.T, labels), and the contrastive accuracy, without the
-    logits in memory: for 512 images on one device they are 8 matrices of up to 12288 x 18432, 7 GB until
+    logits in memory: for 512 images on one device they are 8 matrices of up to 12288 x 18432, 6 GB until
     the backward pass. ours: a chunk of queries at a time, its gradient taken at once.
 
     queries [Q, K], candidates [C, K], float32, labels int64 [Q] -> two scalars."""
@@ -219,12 +219,13 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
     run = Run(args, images_sha256=data.fingerprint(dataset), bf16=bf16)
     state = run.start(images=len(dataset), steps=steps, chance_loss=chance)
     # ours: Polyak averaging, of the encoder alone, since nothing else is kept
-    average = AveragedModel(model.encoder, multi_avg_fn=get_ema_multi_avg_fn(args.average))
+    average = AveragedModel(model.encoder, multi_avg_fn=get_ema_multi_avg_fn(args.average)) if args.average else None
     start, totals = 0, torch.zeros(3, device=device)  # sums of loss and accuracy, steps
     if state:
         start, totals = state["step"], state["totals"].to(device)
         model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
+        if average:
+            average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         if run.is_main:
             print(f"continuing {run.folder} at step {start} of {steps}")
@@ -248,7 +249,7 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
         if not norm.isfinite():  # the same on every rank
             raise SystemExit(f"gradients are not finite at step {step}, learning rate {lr:.2e}, loss {loss:.3g} after "
                              f"{before:.3g}: lower --lr, or --clip the gradients; the last checkpoint is kept")
-        if args.average:
+        if average:
             average.update_parameters(model.encoder)
         totals += torch.stack((loss, accuracy, torch.ones_like(loss)))
 
@@ -268,14 +269,14 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
                             accuracy=mean_accuracy, chance_loss=chance, lr=lr, seconds=round(seconds, 3),
                             images_per_second=round(seen / seconds, 1))
                 clock, clock_step = time.time(), done
-            run.save({"step": done, "totals": totals, "model": model.state_dict(),
-                      "average": average.state_dict(), "optimizer": optimizer.state_dict()}, **line)
+            run.save({"step": done, "totals": totals, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                      "average": average.state_dict() if average else None}, **line)
         if caught:
             run.leave(caught)
     bar.close()
 
     if run.is_main and not (start == steps and (run.folder / "encoder.pt").exists()):  # else it was finished before
-        encoder = average.module if args.average else model.encoder
+        encoder = average.module if average else model.encoder
         geometry = dict(crop=args.crop, patch=args.patch, stride=args.stride, mean=data.MEAN, std=data.STD)
         save_retrieval(model, dataset, args, device, run.folder / "retrieval.png")
         save_encoder(run.folder / "encoder.pt", encoder, geometry, vars(args) | dict(steps=steps))
@@ -333,8 +334,8 @@ def save_retrieval(model: CPC, dataset, args, device: torch.device, path, rows: 
 
 
 def benchmark(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool) -> None:
-    """`--benchmark N`: the data path alone, N whole steps on a prepared batch, then N steps taken
-    apart. Prints on rank 0; nothing is written."""
+    """`--benchmark N`: the data path alone, N whole steps on a prepared batch, then N steps taken apart,
+    without what several processes exchange. Prints on rank 0; nothing is written."""
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -39,8 +39,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def start_process() -> torch.device:
-    """Join torchrun's process group, or make a world of one (no port opened); this rank's device."""
+    """Join torchrun's process group, or make a world of one; this rank's device."""
     cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # one node: no other needs to see gloo
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         if local >= torch.cuda.device_count():

@@ -247,7 +247,7 @@ class Bench:
         """Top-1 and top-5 in percent over all processes: a single crop (Sec. 2.2)."""
         model.eval()
         for buffer in model.head.buffers() if model.frozen else model.buffers():
-            if buffer.is_floating_point():  # every process has batch norm statistics of its own share
+            if buffer.is_floating_point():  # batch norm: DDP hands on rank 0's statistics, but not the last step's
                 dist.all_reduce(buffer.div_(dist.get_world_size()))
         counts = torch.zeros(3, dtype=torch.int64, device=self.device)
         for z, y in self.latents(model, images, cache):
@@ -259,10 +259,10 @@ class Bench:
 
 
 def make_optimizer(model: Classifier, stage: str, recipe: Recipe) -> torch.optim.Optimizer:
-    """Adam for a linear probe (A.3) and for fine-tuning, SGD for what starts from random weights."""
+    """Adam for a linear probe (A.3), AdamW for fine-tuning, SGD for what starts from random weights."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    # paper: A.3, the probe's, whose decay is 0 by default. ours: fine-tuning's, as in pre-training; SGD
-    # at a tenth of the rate before undid a tiny encoder in six steps
+    # paper: A.3's Adam for the probe, which is AdamW at the default decay of 0. ours: fine-tuning's; SGD at a
+    # tenth of the rate before undid a tiny encoder in six steps
     if isinstance(model.head, LinearProbe) or stage == "finetuned":
         return torch.optim.AdamW(weights, recipe.lr, weight_decay=recipe.weight_decay)
     # ours: A.4 names learning rates and weight decays, not the optimiser they suit
@@ -472,9 +472,8 @@ def save_neighbours(bench: Bench, test_set, path, queries: int = 10, among: int 
             z.append(model(bench.source.inputs(shown[-1], bench.device)).mean((2, 3)))
     z, shown = F.normalize(torch.cat(z), dim=1), torch.cat(shown)  # [N, D], [N, 3, S, S]
     nearest = (z[:queries] @ z.T).topk(min(6, len(z))).indices.cpu()  # itself first
-    enlarge = max(1, 96 // shown.shape[-1])
-    tiles = shown[nearest.flatten()].repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    save_image(make_grid(tiles / 255, nrow=nearest.shape[1], padding=2, pad_value=1), path)
+    tiles = F.interpolate(shown[nearest.flatten()] / 255, scale_factor=max(1, 96 // shown.shape[-1]), mode="nearest")
+    save_image(make_grid(tiles, nrow=nearest.shape[1], padding=2, pad_value=1), path)
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -501,27 +500,33 @@ def parse_args(argv: list[str] | None = None):
     add("--labels", type=float, nargs="+", metavar="F", help="fractions of the training labels (default: 1)")
     add("--subset", metavar="FILE", help="the labelled images by name, one a line, instead of --labels")
     add("--supervised", nargs="*", metavar="ARCH", help="also from pixels (A.4): resnet50, resnet101, resnet152 "
-        "(default); from scratch as CPC's encoder: patched, with batch norm, or patched-none")
+        "(default), ..., with :STEM for another stem; from scratch as CPC's encoder: patched, with batch norm, or "
+        "patched-none")
     add("--held-out", type=float, default=0.02,  # ours
         help="fraction of the training images, or of those that --subset leaves, to stop and select by; 0 for a "
         "fixed schedule (default: 0.02, at tiny scale 0.05, linear probe 0)")
     add("--sweep", type=int, default=0, metavar="N", help="recipes tried for each row and fraction")  # A.4
     add("--seeds", type=int, default=1, help="runs, each with its own labels and weights")
     # the recipe: ours, but for A.4's learning rates, and for the linear probe's
-    add("--epochs", type=float, default=50, help="over the labelled images")
+    add("--epochs", type=float, default=50,
+        help="over the labelled images (default: 50, linear probe 30; tiny: 1 and 3)")
     add("--finetune-epochs", type=float, default=50,
         help="of fine-tuning; the supervised rows get 2.5 times --epochs, or both together")
-    add("--min-steps", type=int, default=10_000, help="at least, for few labels; for --finetune-epochs in proportion")
+    add("--min-steps", type=int, default=10_000, help="at least, for few labels; for --finetune-epochs in proportion "
+        "(default: 10000, linear probe 0; tiny: 60)")
     add("--batch-size", type=int, default=512, help="images of all processes together")
-    add("--lr", type=float, default=0.1, help="peak learning rate, linear probe: of Adam")
-    add("--finetune-lr", type=float, default=1e-4, help="peak learning rate of fine-tuning, of Adam")
-    add("--weight-decay", type=float, default=1e-4, help="of all weights")
+    add("--lr", type=float, default=0.1, help="peak learning rate of SGD (default: 0.1), linear probe: of Adam (5e-4; "
+        "tiny: 5e-3)")
+    add("--finetune-lr", type=float, default=1e-4,
+        help="peak learning rate of fine-tuning, of AdamW (default: 1e-4; tiny: 3e-4)")
+    add("--weight-decay", type=float, default=1e-4, help="of all weights (default: 1e-4, linear probe 0)")
     add("--dropout", type=float, default=0.2, help="before the last layer")
     # Sec. 2.2, A.4: Inception preprocessing and color-dropping
     add("--crop", type=int, default=240, help="side of the image, where no encoder.pt says it")
     add("--min-area", type=float, default=0.08, help="of the inception crop, a share of the image")
     add("--color-drop", type=float, default=0.5, help="of the encoders' rows, probability for a patch or a whole image")
-    add("--distort", action=BooleanOptionalAction, default=True, help="Inception's colour distortion")
+    add("--distort", action=BooleanOptionalAction, default=True, help="Inception's colour distortion (default: but for "
+        "the linear probe)")
 
     early = parser.parse_known_args(argv)[0]
     few = early.labels or early.subset

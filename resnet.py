@@ -69,9 +69,19 @@ class LayerNorm(nn.GroupNorm):
     per_position = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.per_position:
-            return super().forward(x)
-        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        if self.per_position or x.is_cuda:
+            return self.channels_last(x)
+        return super().forward(x)
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        """The same as a layer norm of [N, H, W, C], C alone or all of (H, W, C): on a GPU group norm would copy
+        each map to another memory layout and back, and autocast would make it float32."""
+        x = x.permute(0, 2, 3, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            if self.per_position:
+                return F.layer_norm(x, x.shape[3:], weight, bias, self.eps).permute(0, 3, 1, 2)
+            return torch.addcmul(bias, F.layer_norm(x, x.shape[1:], eps=self.eps), weight).permute(0, 3, 1, 2)
 
 
 def norm_layer(norm: str, channels: int) -> nn.Module:
@@ -348,7 +358,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """The file's docstring as it stands, and every flag's default."""
 
     def _get_help_string(self, action):
-        shown = action.default not in (None, False) and "(default" not in action.help
+        shown = action.default is not None and action.default is not False and "(default" not in action.help
         return super()._get_help_string(action) if shown else action.help
 
 
@@ -356,7 +366,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with whole flag names, one-line errors, and the flags all scripts share."""
 
     DATA = ("folder with train/ and val/ (or test/), or any folder of images; or cifar10, stl10, imagenette "
-            "(downloaded), shapes (made)")
+            "(downloaded), shapes (made) (default: ./imagenet; eval.py: the encoder's)")
 
     def __init__(self, doc: str, out: str, data: str = DATA):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=HelpFormatter)
@@ -399,12 +409,13 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+LOST = "lost the connection to another process of this run, whose own message says why"
 KNOWN = {  # errors of torch that a user can do something about
     "can't allocate memory": "memory is full: lower --batch-size or --workers, or use more processes",
     "CUDA out of memory": "the GPU's memory is full: lower --batch-size, or use more GPUs",
     "DataLoader worker": "a data loading process was killed: if memory is full, lower --workers; --resume continues",
     "Output size is too small": "the images are too small for this network: raise --crop",
-    "gloo": "lost the connection to another process of this run, whose own message says why"}
+    "gloo": LOST, "NCCL": LOST}
 
 
 def one_line(parse_args: Callable, main: Callable) -> None:

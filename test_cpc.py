@@ -110,6 +110,19 @@ def test_patches_cannot_see_each_other(norm, independent):
     assert torch.allclose(before, after, atol=1e-6) == independent
 
 
+def test_layer_norm_on_a_gpu_is_the_same():
+    """Another way to the same numbers and gradients; under autocast bfloat16 stays bfloat16."""
+    norm, x = resnet.LayerNorm(1, 8), 3 * torch.randn(2, 8, 3, 3, generator=generator()) + 1
+    norm.weight.data.uniform_(0.5, 2, generator=generator())
+    norm.bias.data.normal_(generator=generator())
+    assert torch.allclose(norm.channels_last(x), norm(x), atol=1e-5)
+    gradients = [torch.autograd.grad(y.square().sum(), norm.parameters()) for y in (norm.channels_last(x), norm(x))]
+    assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(*gradients))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm.channels_last(x.bfloat16())
+    assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), norm(x), atol=0.1)
+
+
 def test_no_norm_stays_finite_at_full_depth():
     """53 blocks without normalisation: the latents keep the order of the input."""
     torch.manual_seed(0)
