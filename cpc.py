@@ -2,7 +2,7 @@
 
     python cpc.py --tiny                                          # two CPU cores, minutes
     torchrun --nproc_per_node=8 cpc.py --data imagenet            # the paper's run, one node
-    torchrun --nproc_per_node=8 cpc.py --data imagenet --preset v1  # where Fig. 3 starts
+    torchrun --nproc_per_node=8 cpc.py --data imagenet --preset v1 --out runs/v1    # where Fig. 3 starts
     python cpc.py --tiny --benchmark 20                           # where the time goes
 
 An image is cut into overlapping patches, each encoded on its own to a latent z. In each of four

@@ -1,11 +1,11 @@
 """What a representation is worth: classification with all labels or a few (Sec. 2.2, 4.2, A.3, A.4).
 
     python eval.py                                           # linear classification, all labels (A.3)
-    python eval.py --labels 0.01 0.1 1 --supervised          # Fig. 1: CPC and pixels, by labels
-    python eval.py --labels 0.01 --held-out 0                # no label but the 1 %: a fixed schedule
-    python eval.py --labels 0.01 --head none --supervised resnet50 resnet152 --sweep 8
-    python eval.py --encoder runs/cpc/encoder.pt random torchvision:resnet50:FILE --labels 0.1
-    torchrun --nproc_per_node=8 eval.py --data imagenet --labels 0.01 0.1 1
+    python eval.py --labels 0.01 0.1 1 --supervised --out runs/labels    # Fig. 1: CPC and pixels, by labels
+    python eval.py --labels 0.01 --held-out 0 --out runs/labels-only     # no label but the 1 %: a fixed schedule
+    python eval.py --labels 0.01 --head none --supervised resnet50 resnet152 --sweep 8 --out runs/pixels
+    python eval.py --encoder runs/cpc/encoder.pt random torchvision:resnet50:FILE --labels 0.1 --out runs/others
+    torchrun --nproc_per_node=8 eval.py --data imagenet --labels 0.01 0.1 1 --out runs/labels-8
 
 Linear: the encoder frozen, batch norm and one linear layer. Efficient (`--labels`): an 11-block
 ResNet on the frozen latents, then both fine-tuned from that solution. Supervised: the same labels,

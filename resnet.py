@@ -74,8 +74,8 @@ class LayerNorm(nn.GroupNorm):
         return super().forward(x)
 
     def channels_last(self, x: Tensor) -> Tensor:
-        """The same as a layer norm of [N, H, W, C], C alone or all of (H, W, C): on a GPU group norm would copy
-        each map to another memory layout and back, and autocast would make it float32."""
+        """The same as a layer norm of [N, H, W, C], C alone or all of (H, W, C). ours: on a GPU torch's group norm
+        copies each map to another memory layout, and autocast makes it float32 (from its source, not measured)."""
         x = x.permute(0, 2, 3, 1)
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
