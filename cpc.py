@@ -18,6 +18,7 @@ Shapes: B batch, G grid side, D latent channels, K target channels, P patch side
 import math
 import os
 import resource
+import sys
 import time
 from argparse import BooleanOptionalAction
 
@@ -227,6 +228,7 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
         if average:
             average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
+        del state  # at the paper's scale 5 GB
         if run.is_main:
             print(f"continuing {run.folder} at step {start} of {steps}")
     if args.compile:
@@ -342,9 +344,6 @@ def benchmark(args, device: torch.device, dataset, model: CPC, optimizer, bf16: 
         return time.perf_counter()
 
     N, local = args.benchmark, args.batch_size // dist.get_world_size()
-    if args.compile:
-        model.encoder.compile()
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     model.train()
     batches = data.TrainBatches(len(dataset), args.batch_size, args.seed, 0, N + 2)
     begin = now()  # the start of the workers included: what they prefetch before is not free
@@ -357,6 +356,9 @@ def benchmark(args, device: torch.device, dataset, model: CPC, optimizer, bf16: 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(patches)
     flop = 3 * counter.get_total_flops() / local  # an image's forward, and twice that backward
+    if args.compile:
+        model.encoder.compile()
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     step = lambda n: update(ddp, optimizer, make_patches(images, args, device, n), args.lr, args.clip, bf16)
     step(0), step(1)
     begin = now()
@@ -386,7 +388,7 @@ def benchmark(args, device: torch.device, dataset, model: CPC, optimizer, bf16: 
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         print(f"step      {1e3 * whole:9.1f} ms   {args.batch_size / whole:.1f} images/s on all ranks")
         print(f"model     {flop / 1e9:9.2f} GFLOP an image   {flop * local / whole / 1e9:.0f} GFLOP/s a rank")
         print(f"memory    {peak / 2**30:9.2f} GiB at the peak")
@@ -430,7 +432,7 @@ def parse_args(argv: list[str] | None = None):
     add("--patch", type=int, default=80, help="side of a patch, pixels")  # paper
     add("--stride", type=int, default=32, help="from patch to patch, pixels")  # paper
     add("--image-aug", choices=("inception", "v1"), default="inception", help="of the whole image")  # paper: A.3
-    add("--min-area", type=float, default=0.08, help="of the inception crop, a share of the image")  # paper: GoogLeNet
+    add("--min-area", type=float, default=0.08, help="of the inception crop, a share of the image")  # ours: GoogLeNet's
     # A.2: the objective
     add("--hidden", type=int, default=256, help="channels inside the context network")  # paper
     add("--target-dim", type=int, default=64, help="channels of targets and predictions")  # paper

@@ -339,13 +339,17 @@ class Objects(Dataset):
 
     def truth(self, index: int) -> dict[str, Tensor]:
         """boxes: float32 [n, 4], x1 y1 x2 y2 in pixels; labels: int64 [n], from 1; difficult: bool [n]."""
-        if not isinstance(self.source, Shapes):
-            return self.truths[index]
-        boxes = self.source.boxes(index)
-        labels = torch.full((len(boxes),), 1 + index % len(self.classes))
-        return {"boxes": boxes, "labels": labels, "difficult": torch.zeros(len(boxes), dtype=torch.bool)}
+        if isinstance(self.source, Shapes):
+            boxes = self.source.boxes(index)
+            labels, difficult = [1 + index % len(self.classes)] * len(boxes), [False] * len(boxes)
+        else:
+            boxes, labels, difficult = self.truths[index]
+            boxes = torch.tensor(boxes).view(-1, 4)
+        return {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64),
+                "difficult": torch.tensor(difficult, dtype=torch.bool)}
 
-    def _parse(self, path: str) -> dict[str, Tensor]:
+    def _parse(self, path: str) -> tuple[list, list, list]:
+        """boxes, labels, difficult: numbers, since a worker that is not forked is sent each tensor as a file."""
         try:
             objects = ElementTree.parse(path).getroot().findall("object")
             corners = [[float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
@@ -353,9 +357,7 @@ class Objects(Dataset):
             difficult = [o.findtext("difficult") == "1" for o in objects]
         except (OSError, SyntaxError, TypeError, ValueError) as error:
             raise SystemExit(f"{path} is not an annotation of VOC 2007: {type(error).__name__} {error}")
-        return {"boxes": torch.tensor(corners).view(-1, 4) - torch.tensor([1.0, 1.0, 0.0, 0.0]),
-                "labels": torch.tensor(labels, dtype=torch.int64),
-                "difficult": torch.tensor(difficult, dtype=torch.bool)}
+        return [(x1 - 1, y1 - 1, x2, y2) for x1, y1, x2, y2 in corners], labels, difficult
 
 
 def load_objects(data: str, split: str, size: int) -> Objects:
@@ -553,9 +555,6 @@ class TestBatches(Sampler):
     def __init__(self, length: int, batch: int):
         self.mine, self.batch = range(dist.get_rank(), length, dist.get_world_size()), batch
 
-    def __len__(self) -> int:
-        return math.ceil(len(self.mine) / self.batch)
-
     def __iter__(self):
         for start in range(0, len(self.mine), self.batch):
             yield [(i, 0) for i in self.mine[start:start + self.batch]]
@@ -585,10 +584,12 @@ def load_batches(dataset: Dataset, transform: v2.Transform, batches: Sampler, de
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
     seeded = Seeded(dataset, transform, skip=0.01 if isinstance(batches, TrainBatches) else 0.0)
+    # ours: forked on Linux, since Python 3.14 no default: they share the list of images, ImageNet's among them
+    several = dict(prefetch_factor=4, multiprocessing_context="fork" if sys.platform == "linux" else None)
     try:
         yield from DataLoader(seeded, batch_sampler=batches, num_workers=max(0, workers), collate_fn=collate,
-                              pin_memory=device.type == "cuda", prefetch_factor=4 if workers > 0 else None,
-                              worker_init_fn=ignore_signals)
+                              pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+                              **(several if workers > 0 else {}))
     except Unreadable as error:  # a worker's has its traceback in front
         raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("data.Unreadable: "))
 
@@ -681,7 +682,8 @@ def to_patches(images: Tensor, device: torch.device, patch: int, stride: int, se
     [B, G, G, 3, P, P] on the device, with `augment_patches`' augmentation, a function of the seed
     alone, or without (seed None)."""
     # normalised before it is cut: A.3's patches hold each pixel of the image four times
-    patches = extract_patches(normalise(images.to(device, non_blocking=True)), patch, stride)
+    images = images.to(device, non_blocking=True).contiguous()
+    patches = extract_patches(normalise(images), patch, stride)
     if seed is None:
         return patches.contiguous()
     return augment_patches(patches, torch.Generator(device).manual_seed(seed), **augmentation)

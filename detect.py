@@ -257,7 +257,7 @@ def detect_all(args, model: FasterRCNN, objects, device: torch.device, run: Run)
     batches, world = data.TestBatches(len(objects), 1), dist.get_world_size()
     loader = data.load_batches(objects, data.objects_transform(train=False), batches, device, args.workers, collate)
     found = []
-    bar = tqdm(loader, desc="test", total=len(batches), disable=not run.is_main, mininterval=1)
+    bar = tqdm(loader, desc="test", total=len(batches.mine), disable=not run.is_main, mininterval=1)
     for n, (images, _) in enumerate(bar):
         found += [{k: v.cpu() for k, v in one.items()} for one in model(prepare(images, device))]
         if n % 20 == 0 and n < len(objects) // world and (caught := run.stop_signal()):
@@ -441,8 +441,8 @@ def main(args, encoders) -> None:
                                 run.folder / "model.pt")
             done = state["done"] | {key: result}
             state.clear()
-            # not a copy: once fine-tuning has moved the model, `fit` keeps what counts
-            state.update(done=done, solution={key: model.state_dict()} if phase == "frozen" else {})
+            # where the next phase starts; not a copy: once fine-tuning has moved the model, `fit` keeps what counts
+            state.update(done=done, solution={key: model.state_dict()} if phase != args.phase[-1] else {})
             run.save(state, "result", **result)
     if run.is_main:
         print_table(state["done"], test_set.classes)

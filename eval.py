@@ -223,6 +223,8 @@ class Bench:
             size += pair[0].nbytes
             if size <= self.CACHE:
                 kept.append(tuple(x.cpu() for x in pair))
+            else:
+                kept.clear()
             yield pair
         if size <= self.CACHE:
             self.caches[name] = kept
@@ -246,9 +248,6 @@ class Bench:
     def accuracy(self, model: Classifier, images, cache: str) -> tuple[float, float]:
         """Top-1 and top-5 in percent over all processes: a single crop (Sec. 2.2)."""
         model.eval()
-        for buffer in model.head.buffers() if model.frozen else model.buffers():
-            if buffer.is_floating_point():  # batch norm: DDP hands on rank 0's statistics, but not the last step's
-                dist.all_reduce(buffer.div_(dist.get_world_size()))
         counts = torch.zeros(3, dtype=torch.int64, device=self.device)
         for z, y in self.latents(model, images, cache):
             with self.autocast():
@@ -311,13 +310,16 @@ def fit(bench: Bench, model: Classifier, task: Task, recipe: Recipe, stage: str,
         caught, line = run.stop_signal(), {}
         if caught or done in tests:
             dist.all_reduce(totals.div_(world))  # from now on every rank's are the mean
+            mean = (totals[0] / totals[1]).item()
+            if not math.isfinite(mean):
+                raise FloatingPointError(
+                    f"{key}: loss is not finite at step {done}, learning rate {schedule.get_last_lr()[0]:.2e}: "
+                    f"lower --lr; the last checkpoint is kept")
             if done in tests:
-                mean = (totals[0] / totals[1]).item()
-                if not math.isfinite(mean):
-                    raise FloatingPointError(
-                        f"{key}: loss is not finite at step {done}, learning rate {schedule.get_last_lr()[0]:.2e}: "
-                        f"lower --lr; the last checkpoint is kept")
                 totals.zero_()
+                for buffer in part.buffers():  # of batch norm: DDP hands on rank 0's, but not the last step's
+                    if buffer.is_floating_point():
+                        dist.all_reduce(buffer.div_(world))
                 top1, shown = None, f"loss {mean:.3f}"
                 if len(task.held_out):
                     top1, _ = bench.accuracy(model, task.held_out, "held-out")
@@ -381,8 +383,8 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
     if source.supervised:
         stages = ["scratch"]
     else:
-        stages = ["frozen", "finetuned"] if args.head == "resnet" else ["frozen"]
-    for stage in stages[:1] if trial else stages:
+        stages = ["frozen", "finetuned"] if args.head == "resnet" and not trial else ["frozen"]
+    for stage in stages:
         key = f"{source.name}/{source.arch}/{stage}/{task.labels:g}/seed {task.seed}{trial}"
         if stage == "finetuned":
             # Sec. 2.2: from "the solutions theta*, psi*", "a smaller learning rate and early-stopping"
@@ -391,7 +393,7 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
             model.requires_grad_(True)
         if key in state["done"]:
             earlier = state["done"][key]
-            if key in state["solution"]:  # where the next stage starts
+            if key in state["solution"]:
                 model.head.load_state_dict(state["solution"][key])
             continue
         before = copy.deepcopy(model.encoder.state_dict()) if model.frozen else None
@@ -421,8 +423,8 @@ def classify(bench: Bench, task: Task, recipe: Recipe, run: Run, state: dict, tr
                 save_trunk(bench, task, model.encoder, run.folder)
         earlier, finished = done, state["done"] | {key: done}
         state.clear()  # what `fit` kept there
-        # not a copy: once fine-tuning has moved the head, `fit` keeps what counts
-        state.update(done=finished, solution={key: model.head.state_dict()} if stage == "frozen" else {})
+        # where the next stage starts; not a copy: once fine-tuning has moved the head, `fit` keeps what counts
+        state.update(done=finished, solution={key: model.head.state_dict()} if stage != stages[-1] else {})
         run.save(state, **line)
     return key
 

@@ -1,7 +1,7 @@
 """The encoder f_theta of CPC v2, the file it travels in, and the folder a run lives in.
 
 Sec. 2.1 and 4.1: every patch goes through a pre-activation bottleneck ResNet on its own and is
-mean-pooled to one vector z. Sec. 2.2 keeps this network and "discards the rest": `encoder.pt` is
+mean-pooled to one vector z. Sec. 2.2 will use this network and "discard the rest": `encoder.pt` is
 all that crosses from cpc.py to eval.py and detect.py, so it describes itself (architecture, norm,
 patch geometry, normalisation, training) and nothing has to be said twice on a command line.
 
@@ -46,7 +46,7 @@ ARCHITECTURES = {
     # paper: Fig. 4, right: only deeper, only wider.
     "resnet161-deep": ((3, 4, 46), (256, 512, 1024), (64, 128, 256), "7x7"),
     "resnet161-wide": ((3, 4, 23), (256, 512, 4096), (64, 128, 512), "7x7"),
-    # paper: A.4, the supervised baselines: all four stacks, on whole images, with batch norm
+    # paper: A.4, the supervised baselines, "'v2' variant": all four stacks, on whole images
     "resnet50": ((3, 4, 6, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
     "resnet101": ((3, 4, 23, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
     "resnet152": ((3, 8, 36, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
@@ -115,8 +115,9 @@ class Bottleneck(nn.Module):
         shortcut = x
         if self.project is not None:  # at a stride: every other position, faster on a CPU than a strided 1x1
             shortcut = self.project(F.avg_pool2d(h, 1, 2) if self.conv2.stride == (2, 2) else h)
-        h = self.conv2(F.relu(self.norm2(self.conv1(h)), inplace=True))  # in place: nothing else needs these
-        return self.conv3(F.relu(self.norm3(h), inplace=True)) + shortcut
+        in_place = not x.is_cuda  # nothing else needs these; on a GPU LayerNorm gives views, and autograd would copy
+        h = self.conv2(F.relu(self.norm2(self.conv1(h)), inplace=in_place))
+        return self.conv3(F.relu(self.norm3(h), inplace=in_place)) + shortcut
 
 
 class Encoder(nn.Module):

@@ -12,6 +12,7 @@ import json
 import math
 import operator
 import os
+import pickle
 import random
 import re
 import shlex
@@ -210,6 +211,9 @@ def test_patches_equal_naive_slicing(crop, patch, stride, G):
                 y, x = i * stride, j * stride
                 assert torch.equal(patches[b, i, j], images[b, :, y:y + patch, x:x + patch])
     assert data.to_patches(images, CPU, patch, stride).is_contiguous()  # no pixel shared with a neighbour
+    seen = [data.to_patches(x, CPU, patch, stride, 0, color_drop=0.5, jitter=True)
+            for x in (images, images.contiguous(memory_format=torch.channels_last))]
+    assert torch.equal(*seen)  # in whichever layout images come
 
 
 def same_patches(n, P=16):
@@ -652,11 +656,11 @@ def make_bench(encoder, *flags):
     return evaluation.Bench(args, evaluation.find_sources(args, encoders)[0], CPU, bf16=False)
 
 
-def fit_cell(bench, held_out=20, folder=None):
+def fit_cell(bench, held_out=20, folder=None, caught=0):
     """One cell of the table, without a folder: what `classify` logged."""
     shapes, logged = data.Shapes("train"), []
     run = SimpleNamespace(is_main=folder is not None, folder=folder, log=lambda event, **fields: logged.append((event, fields)),
-                          save=lambda state, event=None, **fields: logged.append((event, fields)), stop_signal=lambda: 0)
+                          save=lambda state, event=None, **fields: logged.append((event, fields)), stop_signal=lambda: caught)
     recipe = evaluation.Recipe(epochs=4, min_steps=0, batch_size=8, lr=0.05, weight_decay=0.0, dropout=0.0)
     task = evaluation.Task(0.1, 0, 10, Subset(shapes, range(24)), Subset(shapes, range(100, 100 + held_out)),
                            Subset(data.Shapes("test"), range(20)))
@@ -708,6 +712,12 @@ def test_fine_tuning_that_only_harms_is_undone(encoder_file, monkeypatch):
     assert logged[-1][1]["finetuned"] and logged[-1][1]["held_out_top1"] == logged[-1][1]["top1"] == 90
 
 
+def test_a_loss_that_is_not_finite_is_never_saved(encoder_file, monkeypatch):
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, labels: math.nan * logits.sum())
+    with pytest.raises(SystemExit, match="loss is not finite at step 1, learning rate .*: lower --lr"):
+        fit_cell(make_bench(encoder_file, "--labels", "0.1"), caught=signal.SIGTERM)
+
+
 def test_frozen_is_checked(encoder_file):
     encoder = resnet.load_encoder(encoder_file)[0]
     before = copy.deepcopy(encoder.state_dict())
@@ -744,6 +754,9 @@ def test_what_is_cached_changes_nothing(encoder_file, monkeypatch):
     assert all(torch.equal(z, c) for z, (c, _) in zip(latents(), bench.caches["test latents"], strict=True))
     model.encoder.conv1.weight.data.zero_()
     assert not any(torch.equal(z, c) for z, (c, _) in zip(latents(), bench.caches["test latents"]))
+    monkeypatch.undo()
+    monkeypatch.setattr(bench, "CACHE", 50_000)  # 16 of the 30 images
+    assert len(list(bench.latents(model, images, "more"))) == 4 and "more images" not in bench.caches
 
 
 def test_linear_trains_as_pretraining_saw_and_efficient_with_inception(encoder_file):
@@ -926,6 +939,7 @@ def test_voc_boxes(voc, tmp_path):
     """VOC counts from 1 and includes the last pixel; what is written is in its terms again."""
     train, test = (data.load_objects(str(voc), split, 64) for split in ("train", "test"))
     assert len(train.classes) == 20 and train.classes[14] == "person" and len(train) == 6 and len(test) == 3
+    assert b"torch" not in pickle.dumps(train.truths)  # a worker that is not forked is sent each tensor as a file
     one = test.truth(1)
     assert one["boxes"].tolist() == [[0, 0, 30, 60], [19, 4, 70, 60]] and one["labels"].tolist() == [19, 12]
     assert test.truth(0)["difficult"].tolist() == [True, True]
@@ -1455,7 +1469,7 @@ def test_two_processes(folder, voc, tmp_path):
     epochs = [[(e["step"], e["loss"], e["accuracy"]) for e in events(tmp_path / name, "epoch")] for name in ("undisturbed", "cpc")]
     assert epochs[0] == epochs[1] and [step for step, *_ in epochs[0]] == [5, 10]
     assert events(tmp_path / "cpc", "epoch")[0]["chance_loss"] == pytest.approx(math.log(4 * 25))  # local negatives
-    assert len(events(tmp_path / "eval", "result")) == 2
+    assert len(events(tmp_path / "eval", "result")) == 2 and len(events(tmp_path / "eval", "start")) == 1  # at the first try
     assert all(r["top1"] in [round(100 * n / 11, 3) for n in range(12)] for r in events(tmp_path / "eval", "result"))
     assert [r["phase"] for r in events(tmp_path / "detect", "result")] == ["finetuned"]
     lines = [line.split() for file in (tmp_path / "detect").glob("*/*/comp4*") for line in file.read_text().splitlines()]
@@ -1476,7 +1490,16 @@ def check_two_processes(folder, voc, out):
         cpc.update = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(steps) == 7 and dist.get_rank() else update(*args)
     pretrain("cpc")
     dist.barrier()  # encoder.pt is there
-    encoder = ["--encoder", f"{out}/cpc/encoder.pt", "--batch-size", "8"]
+    encoder, fit = ["--encoder", f"{out}/cpc/encoder.pt", "--batch-size", "8"], evaluation.fit
+
+    def checked_fit(bench, model, *rest):  # both score the test set with the same statistics of batch norm
+        held_top1 = fit(bench, model, *rest)
+        mine = torch.cat([buffer for buffer in model.head.buffers() if buffer.dim()])
+        dist.broadcast(first := mine.clone(), 0)
+        assert torch.equal(mine, first)
+        return held_top1
+
+    evaluation.fit = checked_fit
     evaluation.main(*evaluation.parse_args([*encoder, "--labels", "0.5", "--epochs", "1", "--min-steps", "4", "--held-out", "0.2",
                                             "--out", f"{out}/eval"]))
     detect.main(*detect.parse_args([*encoder, "--data", voc, *DETECT, "--phase", "finetuned", "--out", f"{out}/detect"]))
