@@ -62,7 +62,6 @@ def start_process() -> torch.device:
         # after a restart torchrun's store still holds the dead processes' addresses: a prefix for each start
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-        atexit.register(dist.destroy_process_group)
     return device
 
 

@@ -366,7 +366,7 @@ def parse_args(argv: list[str] | None = None):
         help="shorter side of test images, pixels; in training half to 1.5 of the area")
     add("--color-drop", type=float, default=0.5, help="probability for an image")  # ours: not stated
     add("--proposals", type=int, default=300, help="regions of a test image")  # Ren et al. 2015
-    add("--regions", type=int, default=128, help="of a training image")  # Ren et al. 2015
+    add("--regions", type=int, default=128, help="of a training image")  # Girshick 2015
     # ours: the paper states nothing of the optimisation
     add("--epochs", type=float, default=30, help="with the trunk frozen")
     add("--finetune-epochs", type=float, default=30, help="of everything")

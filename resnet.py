@@ -424,6 +424,8 @@ def one_line(parse_args: Callable, main: Callable) -> None:
     try:
         args = parse_args()
         main(*(args if isinstance(args, tuple) else (args,)))
+        if dist.is_initialized():  # a process that fails leaves without: NCCL's end would wait for the others
+            dist.destroy_process_group()
     except KeyboardInterrupt:  # there is no run yet that could be saved
         raise SystemExit(130)
     except OSError as error:

@@ -131,12 +131,19 @@ results() {  # the README's tables; on one core about a day, most of it CIFAR-10
         cpc cifar-small --data "$data/cifar10" --arch small --patch 12 --stride 5 --stem 3x3/2 --min-area 0.4 --epochs 4 --lr 2e-3 --warmup 100
         few() { score eval "$1" "$2" --batch-size 32 --held-out 0.02 --supervised small:3x3/2 "${@:3}"; }
         few cifar-few cifar --labels 0.01 0.02 0.05 0.1 1 --min-steps 1500 --seeds 3
+        few cifar-few-more cifar --labels 0.2 0.5 --min-steps 1500
+        # CPC's encoder without CPC: from scratch on the labels, patch by patch and on whole images, and untrained
+        alike=(--labels 0.01 0.1 --batch-size 32 --held-out 0.02 --min-steps 1500)
+        score eval cifar-scratch cifar --head none --supervised patched tiny:3x3/2 "${alike[@]}" --seeds 3
+        score eval cifar-untrained cifar random "${alike[@]}"
         few cifar-short cifar --labels 0.01 --min-steps 500
         few cifar-small-short cifar-small --labels 0.01 --min-steps 500
         cpc cifar-small-long --data "$data/cifar10" --arch small --patch 16 --stride 8 --stem 3x3/2 --min-area 0.4 --lengths 1 2 --epochs 8
         score eval cifar-small-long-few cifar-small-long --labels 0.01 --batch-size 32 --held-out 0.02 --min-steps 1500
         photos
-        score eval photos-few photos --labels 0.01 0.1 --batch-size 32 --min-steps 150 --supervised tiny:7x7 small:7x7 --seeds 3
+        for labels in "0.01 --seeds 3" 0.1; do
+            score eval "photos-few-${labels% --*}" photos --labels $labels --batch-size 32 --min-steps 150 --supervised tiny:7x7 small:7x7
+        done
         photos_half 10
         score eval photos-half-10-few photos-half-10 --labels 0.01 0.1 --batch-size 32 --min-steps 450
         photos_half 40
@@ -145,9 +152,11 @@ results() {  # the README's tables; on one core about a day, most of it CIFAR-10
     fi
     if wants fig3; then
         variant() {  # the fewest patches of which one is out of sight: 3x3, half a patch apart
-            cpc "fig3-$1" --data "$data/cifar10" --patch 16 --stride 8 --stem 3x3/2 --min-area 0.4 --lengths 2 --epochs 2 "${@:2}"
-            score eval "fig3-$1-linear" "fig3-$1" random --epochs 1 --held-out 0.02
-            score eval "fig3-$1-labels" "fig3-$1" --labels 0.01 0.1 --batch-size 32 --held-out 0.02 --min-steps 500  # Fig. 4
+            for s in 0 1; do
+                cpc "fig3-$1-$s" --seed "$s" --data "$data/cifar10" --patch 16 --stride 8 --stem 3x3/2 --min-area 0.4 --lengths 2 --epochs 2 "${@:2}"
+                score eval "fig3-$1-$s-linear" "fig3-$1-$s" random --seed "$s" --epochs 1 --held-out 0.02
+            done
+            score eval "fig3-$1-0-labels" "fig3-$1-0" --labels 0.01 0.1 --batch-size 32 --held-out 0.02 --min-steps 500  # Fig. 4
         }
         variant v2
         one_change variant
@@ -165,10 +174,10 @@ print(f"\n{'top-1 % and contrastive accuracy':32}" + "".join(f"{name:>12}" for n
 rows = []
 for run in (name.removesuffix("-linear") for name in sys.argv[1:]):
     linear = {line["encoder"]: line["top1"] for line in lines(f"{run}-linear", "result")}
-    few = {(line["labels"], line["finetuned"]): line["top1"] for line in lines(f"{run}-labels", "result")}
+    few = {(line["labels"], line["finetuned"]): line["top1"] for line in lines(f"{run}-labels", "result")} if run[-1] == "0" else {}
     rows.append([100 * lines(run, "epoch")[-1]["accuracy"], linear["random"], linear["cpc"], *(few[cell] for cell in sorted(few))])
     print(f"{Path(run).name:32}" + "".join(f"{x:12.1f}" for x in rows[-1]))
-columns = list(zip(*rows))
+columns = list(zip(*(row for row in rows if len(row) == len(names))))
 print(f"{'correlation with linear':32}" + "".join(f"{correlation(column, columns[2]):12.2f}" for column in columns))
 EOF
     fi
