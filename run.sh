@@ -141,9 +141,9 @@ results() {  # the README's tables; on one core about a day, most of it CIFAR-10
         cpc cifar-small-long --data "$data/cifar10" --arch small --patch 16 --stride 8 --stem 3x3/2 --min-area 0.4 --lengths 1 2 --epochs 8
         score eval cifar-small-long-few cifar-small-long --labels 0.01 --batch-size 32 --held-out 0.02 --min-steps 1500
         photos
-        few=(--batch-size 32 --min-steps 150 --supervised tiny:7x7 small:7x7)
-        score eval photos-few photos --labels 0.01 "${few[@]}" --seeds 3
-        score eval photos-few-10 photos --labels 0.1 "${few[@]}"
+        recipe=(--batch-size 32 --min-steps 150 --supervised tiny:7x7 small:7x7)
+        score eval photos-few photos --labels 0.01 "${recipe[@]}" --seeds 3
+        score eval photos-few-10 photos --labels 0.1 "${recipe[@]}"
         photos_half 10
         score eval photos-half-10-few photos-half-10 --labels 0.01 0.1 --batch-size 32 --min-steps 450
         photos_half 40
