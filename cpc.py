@@ -15,6 +15,7 @@ Results: see the README; at the paper's scale not yet measured.
 Shapes: B batch, G grid side, D latent channels, K target channels, P patch side.
 """
 
+import copy
 import math
 import os
 import resource
@@ -27,13 +28,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data
-from resnet import ARCHITECTURES, NORMS, STEMS, Encoder, Parser, Run, learning_rate, one_line, save_encoder
+from resnet import ARCHITECTURES, NORMS, STEMS, Conv1x1, Encoder, Parser, Run, learning_rate, one_line, save_encoder
 
 # ---- The model and its loss ---------------------------------------------------------------------
 
@@ -47,12 +48,12 @@ class PixelCNN(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True),
+                Conv1x1(channels, hidden), nn.ReLU(inplace=True),
                 # SAME padding, which A.2 does not state but its residual sum needs
                 nn.Conv2d(hidden, hidden, (1, 3), padding=(0, 1)),
                 nn.ZeroPad2d((0, 0, 1, 0)),  # a row of zeros on top, and with the VALID 2x1 below
                 nn.Conv2d(hidden, hidden, (2, 1)), nn.ReLU(inplace=True),  # row i sees rows i - 1 and i
-                nn.Conv2d(hidden, channels, 1),
+                Conv1x1(hidden, channels),
             ) for _ in range(5))  # paper: A.2, five blocks
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -62,65 +63,44 @@ class PixelCNN(nn.Module):
         return F.relu(c)
 
 
-class Contrast(torch.autograd.Function):
-    """A.2's loss, F.cross_entropy(queries @ candidates.T, labels), and the contrastive accuracy, without the
-    logits in memory: for 512 images on one device they are 8 matrices of up to 12288 x 18432, 6 GB until
-    the backward pass. ours: a chunk of queries at a time, its gradient taken at once.
-
-    queries [Q, K], candidates [C, K], float32, labels int64 [Q] -> two scalars."""
-
-    CHUNK = 2**24  # ours: logits at a time, 64 MB
-
-    @staticmethod
-    def forward(ctx, queries: Tensor, candidates: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        rows = max(1, Contrast.CHUNK // len(candidates))
-        loss, hits = queries.new_zeros(()), queries.new_zeros(())
-        query_grads, candidate_grads = torch.empty_like(queries), torch.zeros_like(candidates)
-        for q, grad, y in zip(*(x.split(rows) for x in (queries, query_grads, labels[:, None]))):
-            logits = q @ candidates.T  # [rows, C]
-            true = logits.gather(1, y)  # [rows, 1]
-            others = logits.scatter_(1, y, -math.inf).amax(1, keepdim=True)
-            hits += (true > others).sum()
-            top = torch.maximum(true, others)
-            softmax = logits.sub_(top).exp_()  # of the negatives, times `total`
-            rest = softmax.sum(1, keepdim=True)
-            total = rest + (true - top).exp()
-            loss += (total.log() + top - true).sum()
-            if any(ctx.needs_input_grad):  # d loss / d logits: softmax minus one-hot
-                softmax.scatter_(1, y, -rest).div_(total * len(queries))
-                torch.mm(softmax, candidates, out=grad)
-                candidate_grads.addmm_(softmax.T, q)
-        ctx.save_for_backward(query_grads, candidate_grads)
-        accuracy = hits / len(queries)
-        ctx.mark_non_differentiable(accuracy)
-        return loss / len(queries), accuracy
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, None]:
-        query_grads, candidate_grads = ctx.saved_tensors
-        return grad * query_grads, grad * candidate_grads, None
+CHUNK = 2**24  # ours: logits computed at a time, 64 MB
 
 
-def info_nce(predictions: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def contrast(queries: Tensor, candidates: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A.2's softmax cross-entropy, summed, and how often the true candidate scores highest.
+    queries [Q, K], candidates [C, K], labels int64 [Q] -> two scalars."""
+    logits = queries @ candidates.T  # [Q, C]
+    hits = (logits.argmax(1) == labels).sum()
+    return F.cross_entropy(logits, labels, reduction="sum"), hits
+
+
+def info_nce(predictions: Tensor, targets: Tensor, k: int, first: int = 0) -> tuple[Tensor, Tensor]:
     """InfoNCE (Sec. 2.1, A.2) for prediction length k.
 
     predictions [B, K, G, G]: at [b, :, i, j] the one made from c[i, j], for z[i + k, j];
-    targets [B, K, G, G]. Returns the mean cross-entropy over all positions that have a target, and
-    the contrastive accuracy, the share of them where the true target scores highest: two scalars.
-    Candidates are all B*G*G targets, so that chance is log(B*G*G): the negatives are "other
-    locations in the image and other images in the minibatch", this process's own.
+    targets [N, K, G, G]: of the whole minibatch, in which this process's B images begin at `first`.
+    Returns the mean cross-entropy over all positions that have a target, and the contrastive
+    accuracy, the share of them where the true target scores highest: two scalars. Candidates are
+    all N*G*G targets, so that chance is log(N*G*G): the negatives are "other locations in the
+    image and other images in the minibatch".
     """
-    B, K, G, _ = targets.shape
+    B, K, G, _ = predictions.shape
     rows = G - k  # A.2's col_dim_i, with k = i + 1: rows 0 .. G-k-1 have a target k rows below
-    candidates = targets.permute(0, 2, 3, 1).reshape(-1, K).float()  # [B*G*G, K]
+    candidates = targets.permute(0, 2, 3, 1).reshape(-1, K).float()  # [N*G*G, K]
     queries = predictions[:, :, :rows].permute(0, 2, 3, 1).reshape(-1, K).float()  # [B*rows*G, K]
     # A.2's labels miss a modulo: they hold for the first image of a batch only. Query t is
     # position t % (rows*G) of image t // (rows*G); k rows of G further is its target.
     t = torch.arange(B * rows * G, device=targets.device)
-    labels = t // (rows * G) * (G * G) + k * G + t % (rows * G)
+    labels = (first + t // (rows * G)) * (G * G) + k * G + t % (rows * G)
+    loss = hits = 0
     with torch.autocast(targets.device.type, enabled=False):  # ours: logits in float32
-        # A.2, whose labels are one-hot: F.cross_entropy(queries @ candidates.T, labels), in chunks
-        return Contrast.apply(queries, candidates, labels)
+        chunk = max(1, CHUNK // len(candidates))
+        for q, y in zip(queries.split(chunk), labels.split(chunk)):
+            # of many logits, a chunk is made at a time, and again in the backward pass
+            sums = contrast(q, candidates, y) if len(q) == len(queries) else checkpoint(
+                contrast, q, candidates, y, use_reentrant=False)
+            loss, hits = loss + sums[0], hits + sums[1]
+    return loss / len(queries), hits / len(queries)
 
 
 class Direction(nn.Module):
@@ -130,8 +110,8 @@ class Direction(nn.Module):
         super().__init__()
         self.emb_scale = emb_scale
         self.context = PixelCNN(channels, hidden)
-        self.target = nn.Conv2d(channels, target_dim, 1)
-        self.predict = nn.ModuleDict({str(k): nn.Conv2d(channels, target_dim, 1) for k in lengths})
+        self.target = Conv1x1(channels, target_dim)
+        self.predict = nn.ModuleDict({str(k): Conv1x1(channels, target_dim) for k in lengths})
 
     def forward(self, latents: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """[B, D, G, G] -> targets [B, K, G, G] and, for each k, predictions [B, K, G, G]."""
@@ -172,8 +152,11 @@ class CPC(nn.Module):
         as chance. A.2's range(2, 3) holds k = 3 alone; Sec. 4.1's k in {2, 3} is what we take."""
         terms = []
         for turn, direction in zip(self.turns, self.directions):
-            targets, predictions = direction(latents.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last))
-            terms += [info_nce(prediction, targets, k) for k, prediction in predictions.items()]
+            turned = latents.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last)
+            targets, predictions = direction(turned)
+            targets = data.GatherBatch.apply(targets.float().contiguous())  # of all processes: [N, K, G, G]
+            first = dist.get_rank() * len(latents)
+            terms += [info_nce(prediction, targets, k, first) for k, prediction in predictions.items()]
         losses, accuracies = zip(*terms)
         return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
@@ -182,8 +165,8 @@ class CPC(nn.Module):
 
 
 def chance_loss(args) -> float:
-    """The loss of guessing: log of the number of candidates, all patches of this process's batch."""
-    return math.log(args.batch_size // dist.get_world_size() * data.grid_side(args.crop, args.patch, args.stride) ** 2)
+    """The loss of guessing: log of the number of candidates, all patches of the batch."""
+    return math.log(args.batch_size * data.grid_side(args.crop, args.patch, args.stride) ** 2)
 
 
 def image_transform(args):
@@ -192,8 +175,8 @@ def image_transform(args):
 
 
 def make_patches(images: Tensor, args, device: torch.device, step: int) -> Tensor:
-    """A batch's augmented patches [B, G, G, 3, P, P], different in every step and process."""
-    seed = data.derive_seed(args.seed, "patches", step, dist.get_rank())
+    """A batch's augmented patches [B, G, G, 3, P, P], different in every step."""
+    seed = data.derive_seed(args.seed, "patches", step)
     return data.to_patches(images, device, args.patch, args.stride, seed,
                            color_drop=args.color_drop, jitter=args.jitter, flip=args.flip)
 
@@ -213,6 +196,16 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, patches: Tensor, 
     return loss.detach(), accuracy, norm
 
 
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Polyak averaging after step `step`, counted from 0. ours: the decay grows with the steps, or
+    else a constant 0.9999 would leave half of the random start in the average after 6,000 steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for mine, new in zip(average.buffers(), model.buffers()):  # batch norm's statistics
+        mine.copy_(new)
+
+
 def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool) -> None:
     """The run: from its checkpoint, or the start, to `encoder.pt`."""
     steps_per_epoch, chance = len(dataset) // args.batch_size, chance_loss(args)
@@ -220,7 +213,7 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
     run = Run(args, images_sha256=data.fingerprint(dataset), bf16=bf16)
     state = run.start(images=len(dataset), steps=steps, chance_loss=chance)
     # ours: Polyak averaging, of the encoder alone, since nothing else is kept
-    average = AveragedModel(model.encoder, multi_avg_fn=get_ema_multi_avg_fn(args.average)) if args.average else None
+    average = copy.deepcopy(model.encoder).requires_grad_(False) if args.average else None
     start, totals = 0, torch.zeros(3, device=device)  # sums of loss and accuracy, steps
     if state:
         start, totals = state["step"], state["totals"].to(device)
@@ -252,7 +245,7 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
             raise SystemExit(f"gradients are not finite at step {step}, learning rate {lr:.2e}, loss {loss:.3g} after "
                              f"{before:.3g}: lower --lr, or --clip the gradients; the last checkpoint is kept")
         if average:
-            average.update_parameters(model.encoder)
+            update_average(average, model.encoder, args.average, step)
         totals += torch.stack((loss, accuracy, torch.ones_like(loss)))
 
         bar.update()
@@ -278,10 +271,10 @@ def train(args, device: torch.device, dataset, model: CPC, optimizer, bf16: bool
     bar.close()
 
     if run.is_main and not (start == steps and (run.folder / "encoder.pt").exists()):  # else it was finished before
-        encoder = average.module if average else model.encoder
+        encoder = average or model.encoder
         geometry = dict(crop=args.crop, patch=args.patch, stride=args.stride, mean=data.MEAN, std=data.STD)
-        save_retrieval(model, dataset, args, device, run.folder / "retrieval.png")
         save_encoder(run.folder / "encoder.pt", encoder, geometry, vars(args) | dict(steps=steps))
+        save_retrieval(model, dataset, args, device, run.folder / "retrieval.png")
         print(f"wrote {run.folder}/encoder.pt, patches.png, retrieval.png, log.jsonl")
     run.log("done", step=steps)
 
@@ -325,7 +318,7 @@ def save_retrieval(model: CPC, dataset, args, device: torch.device, path, rows: 
     tiles = []
     for b in range(min(rows, len(images))):
         i, j = (G - 1 - k) // 2, b % G  # the middle of what can be predicted from; any column
-        shown = images[b].float() / 255
+        shown = images[b].to(device) / 255
         shown[:, i * args.stride + P:] *= 0.25
         ranked = (candidates @ predictions[k][b, :, i, j]).topk(min(5, len(candidates))).indices
         tiles += [shown, scale(gallery[(b * G + i + k) * G + j]), *(scale(gallery[n]) for n in ranked)]
@@ -505,7 +498,7 @@ def main(args) -> None:
               f"{len(dataset)} images, {G}x{G} patches of {args.patch} pixels each; {args.batch_size} images a "
               f"step on {world} x {device.type} in {'bfloat16' if bf16 else 'float32'}\n"
               f"{args.epochs} epochs of {steps_per_epoch} steps; loss at chance "
-              f"log({args.batch_size // world * G * G}) = {chance_loss(args):.3f}")
+              f"log({args.batch_size * G * G}) = {chance_loss(args):.3f}")
     (benchmark if args.benchmark else train)(args, device, dataset, model, optimizer, bf16)
 
 

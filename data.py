@@ -77,6 +77,23 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+class GatherBatch(torch.autograd.Function):
+    """The rows of all processes, rank by rank: [B, ...] -> [B * world, ...]. A row's gradient is the sum
+    of what every process asks of it. (torch has one, deprecated since 2.14.)"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x)
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are done by the hardware, not emulated."""
     if device.type == "cuda":
@@ -215,14 +232,14 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 class ImageFiles(Dataset):
-    """Every image file below a folder, whatever the folders in it are called: enough for Sec. 2.1,
-    where no label is used. item: (PIL image, 0)."""
+    """Every image file below some folders of `root`, whatever the folders in them are called: enough for
+    Sec. 2.1, where no label is used. item: (PIL image, 0)."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, folders: list[Path]):
         self.root = root
         self.files = sorted(
             os.path.join(folder, name)
-            for folder, names in walk(root) for name in names
+            for top in folders for folder, names in walk(top) for name in names
             if name.lower().endswith(datasets.folder.IMG_EXTENSIONS))
         if not self.files:
             raise SystemExit(f"no image files under {root}: pass --data DIR")
@@ -299,7 +316,8 @@ def list_folder(root: Path, split: str) -> Dataset:
     if not root.is_dir():
         raise SystemExit(f"no folder {root}: pass --data DIR, or --tiny for the embedded data set")
     if split == "pretrain":
-        return ImageFiles(root / "train" if (root / "train").is_dir() else root)
+        folders = [root / name for name in ("train", "unlabelled") if (root / name).is_dir()]
+        return ImageFiles(root, folders or [root])
     names = ("train",) if split == "train" else ("val", "test")
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
@@ -618,61 +636,73 @@ def normalise(images: Tensor) -> Tensor:
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
-def drop_colors(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Drop two of the three colours of each image with this probability, in place.
+def draw(generator: torch.Generator, *size: int) -> Tensor:
+    """Uniform numbers, a row for each of this process's images: rows of those for the whole batch, which
+    `TrainBatches` deals out in turn, so that an image's do not depend on the number of processes."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = torch.rand(size[0] * world, *size[1:], generator=generator, device=generator.device)
+    return rows[rank::world]
 
-    x: normalised patches or images, float32 [N, 3, H, W].
+
+def jittered(patch: int, generator: torch.Generator, *size: int) -> Tensor:
+    """Which row (or column) of a patch each of its rows is taken from: [*size] -> int64 [*size, P].
+
+    paper: Sec. 4.1, "spatially jitters individual patches"; v1: a random 60x60 subcrop of a 64x64 patch,
+    padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7), and the border repeated:
+    a border of zeros, which patches at test time do not have, cost a linear probe on CIFAR-10 25 points."""
+    side = max(1, min(patch - 1, patch * 60 // 64))
+    shift = ((patch - side + 1) * draw(generator, *size)).long()
+    inside = torch.arange(patch, device=shift.device) - (patch - side) // 2
+    return shift[..., None] + inside.clamp(0, side - 1)
+
+
+def drop_colors(x: Tensor, dropped: Tensor, keep: Tensor, noise: Tensor) -> Tensor:
+    """Drop two of the three colours of some patches (or of whole images), in place.
+
+    x: normalised, float32 [..., 3, P, P]; dropped: bool [...], whose; keep: int64 [...], the channel
+    that stays, in its place; noise: [3, P, P], of unit deviation.
 
     paper: Sec. 4.1, "randomly drops two of the three color channels in each patch". Doersch et al.
     2015: replaced by Gaussian noise of 1/100 of the remaining channel's deviation. The noise is
-    around zero, the mean colour after normalisation. ours: one sheet of noise serves the whole
-    batch, so that it tells no patch from another and costs next to nothing."""
-    rand = lambda: torch.rand(len(x), generator=generator, device=x.device)
-    drop, keep = rand() < probability, (3 * rand()).long()  # keep: the channel that stays, in its place
-    sheet = torch.randn(x.shape[1:], generator=generator, device=x.device)
-    which = drop.nonzero()[:, 0]
-    keep = keep[which]
-    channels = x.view(-1, *x.shape[2:])  # [3N, H, W], the same memory: whole channels are copied faster than indexed
-    left = channels.index_select(0, 3 * which + keep)  # [n, H, W]
-    deviation = (left.square().mean((1, 2)) - left.mean((1, 2)).square()).clamp(min=0).sqrt()[:, None, None]
-    for other in ((keep + 1) % 3, (keep + 2) % 3):
-        channels.index_copy_(0, 3 * which + other, sheet.index_select(0, other).mul_(0.01 * deviation))
-    return x
+    around zero, the mean colour after normalisation."""
+    power = torch.linalg.vector_norm(x, dim=(-2, -1)).square() / noise[0].numel()  # [..., 3]
+    deviation = (power - x.mean((-2, -1)).square()).clamp(min=0).sqrt()
+    keep = keep[..., None]
+    replaced = dropped[..., None] & (torch.arange(3, device=x.device) != keep)  # [..., 3]
+    level = 0.01 * deviation.gather(-1, keep) * replaced
+    return x.mul_(~replaced[..., None, None]).addcmul_(noise, level[..., None, None])
 
 
-def augment_patches(patches: Tensor, generator: torch.Generator, color_drop: float = 0.0,
-                    jitter: bool = False, flip: float = 0.0) -> Tensor:
-    """Patch-based augmentation (Sec. 4.1), every patch on its own.
+def augment_patches(images: Tensor, patch: int, stride: int, generator: torch.Generator,
+                    color_drop: float = 0.0, jitter: bool = False, flip: float = 0.0) -> Tensor:
+    """Patch-based augmentation (Sec. 4.1), every patch on its own, as the image is cut.
 
-    patches: normalised, float32 [B, G, G, 3, P, P] on any device, which may share pixels; generator on
-    the same; -> new ones, same shape.
-    color_drop, flip: probability for a patch; jitter: whether to shift patches at random.
+    images: normalised, float32 [B, 3, S, S], this process's share of a batch; generator: on the same
+    device; -> patches [B, G, G, 3, P, P]. color_drop, flip: probability for a patch; jitter: whether to shift.
     """
-    (B, G, _, _, P, _), device = patches.shape, patches.device
-    rand = lambda *size: torch.rand(*size, generator=generator, device=device)
-
-    if flip:  # paper: "randomly flip patches horizontally"
-        patches = torch.where(rand(B, G, G, 1, 1, 1) < flip, patches.flip(-1), patches)
-
-    if jitter:
-        # paper: "spatially jitters individual patches"; v1: a random 60x60 subcrop of a 64x64
-        # patch, padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7), and the
-        # border repeated: a border of zeros, which patches at test time do not have, cost a linear
-        # probe on CIFAR-10 25 points of top-1.
-        side = max(1, min(P - 1, P * 60 // 64))
-        windows = patches.unfold(4, side, 1).unfold(5, side, 1)  # a view [B, G, G, 3, P-side+1, .., side, side]
-        row, col = ((P - side + 1) * rand(2, B, G, G)).long()
-        image, i, j = torch.meshgrid(*(torch.arange(n, device=device) for n in (B, G, G)), indexing="ij")
-        x = windows[image, i, j, :, row, col].flatten(0, 2)  # [N, 3, side, side]
+    B, _, S, _ = images.shape
+    G = grid_side(S, patch, stride)
+    if not jitter and not flip:
+        patches = extract_patches(images, patch, stride).clone(memory_format=torch.contiguous_format)
     else:
-        side, x = P, patches.clone(memory_format=torch.contiguous_format).flatten(0, 2)
-
+        rows = cols = torch.arange(patch, device=images.device).expand(B, G, G, patch)  # within the patch
+        if jitter:
+            rows, cols = (jittered(patch, generator, B, G, G) for _ in range(2))
+        if flip:  # paper: "randomly flip patches horizontally"
+            flipped = draw(generator, B, G, G) < flip
+            cols = torch.where(flipped[..., None], cols.flip(-1), cols)
+        corner = stride * torch.arange(G, device=images.device)
+        rows, cols = rows + corner[:, None, None], cols + corner[:, None]  # within the image
+        pixels = S * rows[..., :, None] + cols[..., None, :]  # [B, G, G, P, P]
+        taken = images.flatten(2).gather(2, pixels.flatten(1)[:, None].expand(-1, 3, -1))
+        patches = taken.view(B, 3, *pixels.shape[1:]).permute(0, 2, 3, 1, 4, 5)  # [B, G, G, 3, P, P]
     if color_drop:
-        drop_colors(x, color_drop, generator)
-    if side < P:
-        before = (P - side) // 2
-        x = torch.nn.functional.pad(x, (before, P - side - before) * 2, mode="replicate")
-    return x.view(patches.shape)
+        dropped = draw(generator, B, G, G) < color_drop
+        keep = (3 * draw(generator, B, G, G)).long()
+        # ours: one sheet of noise serves the whole batch: it tells no patch from another, and costs nothing
+        noise = torch.randn(patches.shape[3:], generator=generator, device=images.device)
+        patches = drop_colors(patches, dropped, keep, noise)
+    return patches
 
 
 def to_patches(images: Tensor, device: torch.device, patch: int, stride: int, seed: int | None = None,
@@ -681,8 +711,8 @@ def to_patches(images: Tensor, device: torch.device, patch: int, stride: int, se
     [B, G, G, 3, P, P] on the device, with `augment_patches`' augmentation, a function of the seed
     alone, or without (seed None)."""
     # normalised before it is cut: A.3's patches hold each pixel of the image four times
-    images = images.to(device, non_blocking=True).contiguous()
-    patches = extract_patches(normalise(images), patch, stride)
+    images = normalise(images.to(device, non_blocking=True).contiguous())
     if seed is None:
-        return patches.contiguous()
-    return augment_patches(patches, torch.Generator(device).manual_seed(seed), **augmentation)
+        return extract_patches(images, patch, stride).contiguous()
+    generator = torch.Generator(device).manual_seed(seed)
+    return augment_patches(images, patch, stride, generator, **augmentation)

@@ -116,12 +116,18 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
 
 
 def prepare(images: list[Tensor], device: torch.device, color_drop: float = 0.0, seed: int = 0) -> list[Tensor]:
-    """uint8 [3, H, W] each -> what the detector takes; colours dropped over the whole image (Sec. 2.2)."""
-    generator, prepared = torch.Generator(device).manual_seed(seed), []
-    for image in images:
-        prepared.append(data.normalise(image.to(device, non_blocking=True)))
+    """uint8 [3, H, W] each, this process's share of a batch -> what the detector takes; colours dropped
+    over the whole image (Sec. 2.2), each under a seed of its own place in the batch."""
+    prepared = []
+    for n, image in enumerate(images):
+        x = data.normalise(image.to(device, non_blocking=True))
         if color_drop:
-            data.drop_colors(prepared[-1][None], color_drop, generator)
+            place = dist.get_rank() + n * dist.get_world_size()  # `TrainBatches` deals images out in turn
+            own = torch.Generator(device).manual_seed(data.derive_seed(seed, place))
+            dropped, keep = torch.rand(2, generator=own, device=device)
+            noise = torch.randn(x.shape, generator=own, device=device)
+            x = data.drop_colors(x, dropped < color_drop, (3 * keep).long(), noise)
+        prepared.append(x)
     return prepared
 
 
@@ -222,8 +228,9 @@ def fit(args, phase: str, model: FasterRCNN, objects, device: torch.device, run:
     bar = tqdm(loader, desc=key, initial=start, total=steps, disable=not run.is_main, mininterval=1)
     model.train()
     for done, (images, truths) in enumerate(bar, start + 1):
-        seed = data.derive_seed(args.seed, phase, done, rank)
-        torch.manual_seed(seed)  # of the scale, and of the anchors and regions that torchvision draws
+        seed = data.derive_seed(args.seed, phase, done)
+        # of the scale, and of the anchors and regions that torchvision draws, each process its own
+        torch.manual_seed(data.derive_seed(seed, rank))
         targets = [{k: truth[k].as_subclass(Tensor).to(device) for k in ("boxes", "labels")} for truth in truths]
         losses = ddp(prepare(images, device, args.color_drop, seed), targets)
         optimizer.zero_grad()

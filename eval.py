@@ -210,7 +210,7 @@ class Bench:
         batches = data.TrainBatches(len(images), batch, seed, start, stop)
         loader = data.load_batches(images, self.train_transform, batches, self.device, self.args.workers)
         for step, (x, y) in enumerate(loader, start):
-            patch_seed = data.derive_seed(seed, "patches", step, dist.get_rank())
+            patch_seed = data.derive_seed(seed, "patches", step)
             yield self.source.inputs(x, self.device, patch_seed, **self.augmentation), y.to(self.device)
 
     def cached(self, name: str, pairs):
