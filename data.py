@@ -1,113 +1,183 @@
-"""Which images a process sees, and how they become patches.
+"""What a run takes in, and what it leaves behind.
 
-Processes (torchrun's or one), data sets (folders, torchvision's, the embedded `shapes`), batches
-that do not depend on the number of workers, image augmentation on the CPU in the workers, and
-patches with their own augmentation on the training device (Sec. 2.1, 4.1, A.3).
+First the patches of Sec. 2.1, 4.1 and A.3 and their own augmentation, which happen on the training
+device. Then, on the CPU in loader processes: image augmentation, data sets (folders, torchvision's,
+the embedded `shapes`), subsets of the labels, and batches that depend neither on the number of
+workers nor on that of processes. Last: processes, a run's folder, and the flags all scripts share.
 
 Shapes: B batch, G grid side, P patch side, S image side. Images travel as uint8.
 """
 
+import argparse
 import atexit
 import ctypes
+import fcntl
 import hashlib
+import json
 import math
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Callable, Iterator
-from xml.etree import ElementTree
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+import torchvision
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import datasets, tv_tensors
-from torchvision.models.segmentation import FCN_ResNet50_Weights
+from torchvision import datasets
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
+from tqdm import tqdm
+
+from resnet import load_file, save_file
+
+# ---- Patches -------------------------------------------------------------------------------------
 
 # ours: the paper gives no input normalisation; ImageNet's channel statistics, for every data set.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# ---- Processes ----------------------------------------------------------------------------------
+
+def grid_side(crop: int, patch: int, stride: int) -> int:
+    """G, the number of patches along a side. ValueError, with the numbers, if they do not tile."""
+    if not 0 < stride or not 0 < patch <= crop or (crop - patch) % stride:
+        raise ValueError(f"crop {crop}, patch {patch}, stride {stride}: patches do not tile the "
+                         f"crop (crop - patch must be a multiple of stride)")
+    return (crop - patch) // stride + 1
 
 
-def start_process() -> torch.device:
-    """Join torchrun's process group, or make a world of one; this rank's device."""
-    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # one node: no other needs to see gloo
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        if local >= torch.cuda.device_count():
-            raise SystemExit(f"process {local + 1} of this node finds {torch.cuda.device_count()} GPUs: "
-                             f"lower --nproc_per_node")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+def extract_patches(images: Tensor, patch: int, stride: int) -> Tensor:
+    """Cut overlapping patches (Sec. 2.1; A.3: 80x80 at stride 32 out of 240x240 -> 6x6): a view, in
+    which overlapping patches share their pixels. [B, 3, S, S] -> [B, G, G, 3, P, P]"""
+    grid_side(images.shape[-1], patch, stride)
+    view = images.unfold(2, patch, stride).unfold(3, patch, stride)  # [B, 3, G, G, P, P]
+    return view.permute(0, 2, 3, 1, 4, 5)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [..., 3, H, W] -> float32, zero mean and unit variance by MEAN and STD."""
+    mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (MEAN, STD))
+    return images.float().mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def draw(generator: torch.Generator, device: torch.device, *size: int) -> Tensor:
+    """Uniform numbers, a row for each of this process's images. They are drawn for the whole batch,
+    which `TrainBatches` deals out in turn: an image's do not depend on the number of processes."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = torch.rand(size[0] * world, *size[1:], generator=generator, device=device)
+    return rows[rank::world]
+
+
+def jittered(patch: int, numbers: Tensor) -> Tensor:
+    """Which row (or column) of a patch each of its rows is taken from, by uniform numbers [...]:
+    int64 [..., P].
+
+    paper: Sec. 4.1, "spatially jitters individual patches"; v1: a random 60x60 subcrop of a 64x64
+    patch, padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7), and the
+    border repeated: a border of zeros, which patches at test time do not have, cost a linear probe
+    on CIFAR-10 25 points of top-1."""
+    side = max(1, min(patch - 1, patch * 60 // 64))
+    shift = ((patch - side + 1) * numbers).long()
+    inside = torch.arange(patch, device=shift.device) - (patch - side) // 2
+    return shift[..., None] + inside.clamp(0, side - 1)
+
+
+def drop_colors(x: Tensor, dropped: Tensor, keep: Tensor, noise: Tensor) -> Tensor:
+    """Drop two of the three colours of some patches (or of whole images), in place.
+
+    x: normalised, float32 [..., 3, P, P]; dropped: bool [...], whose; keep: int64 [...], the
+    channel that stays, in its place; noise: [3, P, P], of unit deviation.
+
+    paper: Sec. 4.1, "randomly drops two of the three color channels in each patch". Doersch et al.
+    2015: replaced by Gaussian noise of 1/100 of the remaining channel's deviation. The noise is
+    around zero, the mean colour after normalisation."""
+    power = torch.linalg.vector_norm(x, dim=(-2, -1)).square() / noise[0].numel()  # [..., 3]
+    deviation = (power - x.mean((-2, -1)).square()).clamp(min=0).sqrt()
+    keep = keep[..., None]
+    replaced = dropped[..., None] & (torch.arange(3, device=x.device) != keep)  # [..., 3]
+    level = 0.01 * deviation.gather(-1, keep) * replaced
+    return x.mul_(~replaced[..., None, None]).addcmul_(noise, level[..., None, None])
+
+
+def augment_patches(images: Tensor, patch: int, stride: int, generator: torch.Generator,
+                    color_drop: float = 0.0, jitter: bool = False, flip: float = 0.0) -> Tensor:
+    """Patch-based augmentation (Sec. 4.1), every patch on its own, as the image is cut.
+
+    images: normalised, float32 [B, 3, S, S], this process's share of a batch; generator: on their
+    device; color_drop, flip: probability for a patch; jitter: whether to shift patches at random.
+    Returns new patches [B, G, G, 3, P, P]."""
+    B, _, S, _ = images.shape
+    G = grid_side(S, patch, stride)
+    uniform = partial(draw, generator, images.device, B, G, G)
+    rows = cols = torch.arange(patch, device=images.device).expand(B, G, G, patch)  # of the patch
+    if jitter:
+        rows, cols = (jittered(patch, uniform()) for _ in range(2))
+    if flip:  # paper: "randomly flip patches horizontally"
+        flipped = uniform() < flip
+        cols = torch.where(flipped[..., None], cols.flip(-1), cols)
+    corner = stride * torch.arange(G, device=images.device)
+    rows, cols = rows + corner[:, None, None], cols + corner[:, None]  # of the image
+    pixels = S * rows[..., :, None] + cols[..., None, :]  # [B, G, G, P, P]
+    taken = images.flatten(2).gather(2, pixels.flatten(1)[:, None].expand(-1, 3, -1))
+    patches = taken.view(B, 3, *pixels.shape[1:]).permute(0, 2, 3, 1, 4, 5)  # [B, G, G, 3, P, P]
+    if color_drop:
+        dropped, keep = uniform() < color_drop, (3 * uniform()).long()
+        # ours: one sheet of noise serves the whole batch: it tells no patch from another
+        noise = torch.randn(patches.shape[3:], generator=generator, device=images.device)
+        patches = drop_colors(patches, dropped, keep, noise)
+    return patches
+
+
+def to_patches(images: Tensor, device: torch.device, patch: int, stride: int,
+               seed: int | None = None, **augmentation) -> Tensor:
+    """From the loader to the encoder: uint8 images [B, 3, S, S] -> float32 patches
+    [B, G, G, 3, P, P] on the device, with `augment_patches`' augmentation, a function of the seed
+    alone, or without (seed None)."""
+    # Normalised before it is cut: A.3's patches hold each pixel of the image four times.
+    images = normalise(images.to(device, non_blocking=True).contiguous())
+    if seed is None:
+        return extract_patches(images, patch, stride)
+    generator = torch.Generator(device).manual_seed(seed)
+    return augment_patches(images, patch, stride, generator, **augmentation)
+
+
+# ---- Image augmentation --------------------------------------------------------------------------
+
+
+def image_transform(kind: str, crop: int, min_area: float = 0.08, distort: bool = False,
+                    grey: bool = False) -> v2.Compose:
+    """PIL image or uint8 tensor -> uint8 tensor [3, crop, crop].
+
+    kind: "inception" (random area of min_area..1 of the image, aspect 3/4..4/3, mirrored half the
+    time: Szegedy et al. 2014 in its common reading; A.3), "v1" (CPC v1: a random crop of an image
+    resized in the proportion 300:256, mirrored), or "test" (Sec. 2.2: none, a single crop).
+    distort: Inception's random brightness, contrast, saturation and hue; grey: as CPC v1 sees."""
+    if kind == "inception":
+        crops = v2.RandomResizedCrop(crop, scale=(min_area, 1.0), ratio=(3 / 4, 4 / 3))
+        steps = [crops, v2.RandomHorizontalFlip()]
+    elif kind == "v1":
+        resized = v2.Resize(round(crop * 300 / 256))
+        steps = [resized, v2.RandomCrop(crop), v2.RandomHorizontalFlip()]
     else:
-        keep_freed_memory()
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        try:
-            store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
-        except (ValueError, dist.DistError) as error:
-            raise SystemExit(f"cannot join the run that RANK in the environment is of: {str(error).splitlines()[0]}; "
-                             f"start with torchrun, or unset RANK")
-        # after a restart torchrun's store still holds the dead processes' addresses: a prefix for each start
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return device
+        # ours: ImageNet's usual 224 of 256, for every size: objects as large as the inception crop
+        # shows them on average. The whole image instead cost 10 points of top-1 on CIFAR-10.
+        steps = [v2.Resize(round(crop / 0.875)), v2.CenterCrop(crop)]
+    if distort:  # ours: the ranges of Inception's published preprocessing
+        steps.append(v2.ColorJitter(brightness=32 / 255, contrast=0.5, saturation=0.5, hue=0.2))
+    if grey:
+        steps.append(v2.Grayscale(3))
+    return v2.Compose([*steps, v2.PILToTensor()])
 
 
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed activations instead of returning them to the kernel, which would hand
-    them back page by page, zeroed, in every step: several times slower for large activations."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return  # not glibc
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-class GatherBatch(torch.autograd.Function):
-    """The rows of all processes, rank by rank: [B, ...] -> [B * world, ...]. A row's gradient is the sum
-    of what every process asks of it. (torch has one, deprecated since 2.14.)"""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x)
-        return torch.cat(rows)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products are done by the hardware, not emulated."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def derive_seed(*keys: int | str) -> int:
-    """An independent seed for each tuple of keys: every random choice of a run is a function of
-    (seed, what it is for), so that resuming needs no saved random states."""
-    return random.Random("/".join(map(str, keys))).getrandbits(63)
-
-
-# ---- Data sets ----------------------------------------------------------------------------------
+# ---- Data sets -----------------------------------------------------------------------------------
 
 
 class Shapes(Dataset):
@@ -123,7 +193,8 @@ class Shapes(Dataset):
     """
 
     PATTERNS = {  # one wave, or the product of two, along these directions (x, y)
-        "horizontal": ((0, 1), None), "vertical": ((1, 0), None), "diagonal": ((0.71, 0.71), None),
+        "horizontal": ((0, 1), None), "vertical": ((1, 0), None),
+        "diagonal": ((0.71, 0.71), None),
         "checks": ((1, 0), (0, 1)), "diamonds": ((0.71, 0.71), (0.71, -0.71))}
     PERIODS = (7.0, 3.5)  # pixels, coarse and fine
     classes = [" ".join(words) for words in product(("coarse", "fine"), PATTERNS)]
@@ -139,110 +210,114 @@ class Shapes(Dataset):
     def targets(self) -> list[int]:
         return [i % len(self.classes) for i in range(len(self))]
 
-    def _outlines(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """(uniform numbers [B, 5, 16]: a row for each object, one for the image; objects as masks
-        [B, 4, S, S], an absent one empty)."""
-        u = torch.stack([torch.rand(5, 16, generator=torch.Generator().manual_seed(
-            derive_seed("shapes", self.split, self.seed, i))) for i in indices])
-        S, own, image = self.size, u[:, :4], u[:, 4]
-        radius = S * (0.17 + 0.07 * own[..., 0])  # [B, 4]
+    def _random(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Uniform numbers in 0..1: [B, 4, 16] of the four objects, [B, 16] of the image."""
+        rows = []
+        for index in indices:
+            seed = derive_seed("shapes", self.split, self.seed, index)
+            rows.append(torch.rand(5, 16, generator=torch.Generator().manual_seed(seed)))
+        rows = torch.stack(rows)
+        return rows[:, :4], rows[:, 4]
+
+    def _masks(self, objects: Tensor, image: Tensor) -> Tensor:
+        """Where the objects are: bool [B, 4, S, S], an absent one empty."""
+        S = self.size
+        size, x, y, outline = objects[..., :4].unbind(-1)  # [B, 4] each
+        count, order = image[:, :1], image[:, 1:5]
+        radius = S * (0.17 + 0.07 * size)
         corner = torch.arange(4)  # one object to a quadrant, so that none hides another
         room = S / 2 - 2 * radius
-        cx = corner % 2 * S / 2 + radius + room * own[..., 1]
-        cy = corner // 2 * S / 2 + radius + room * own[..., 2]
+        center_x = corner % 2 * S / 2 + radius + room * x
+        center_y = corner // 2 * S / 2 + radius + room * y
         axis = torch.arange(S) + 0.5
-        dx = (axis - cx[..., None]).abs()[..., None, :]  # [B, 4, 1, S]
-        dy = (axis - cy[..., None]).abs()[..., :, None]  # [B, 4, S, 1]
-        r, outline = radius[..., None, None], (3 * own[..., 3, None, None]).floor()
-        masks = torch.where(outline == 0, dx**2 + dy**2 <= r**2, torch.where(  # of equal areas
-            outline == 1, torch.maximum(dx, dy) <= 0.89 * r, dx + dy <= 1.25 * r))
-        present = image[:, 1:5].argsort(1) < 2 + (3 * image[:, :1]).floor()  # 2, 3 or 4 of the four
-        return u, masks & present[..., None, None]
+        dx = (axis - center_x[..., None]).abs()[..., None, :]  # [B, 4, 1, S]
+        dy = (axis - center_y[..., None]).abs()[..., :, None]  # [B, 4, S, 1]
+        r, outline = radius[..., None, None], (3 * outline[..., None, None]).floor()
+        disc = dx**2 + dy**2 <= r**2
+        square = torch.maximum(dx, dy) <= 0.89 * r  # of the same area, and so is the diamond
+        diamond = dx + dy <= 1.25 * r
+        masks = torch.where(outline == 0, disc, torch.where(outline == 1, square, diamond))
+        present = order.argsort(1) < 2 + (3 * count).floor()  # 2, 3 or 4 of the four
+        return masks & present[..., None, None]
 
-    def boxes(self, index: int) -> Tensor:
-        """The objects' boxes: x1 y1 x2 y2 in pixels, the ends exclusive, float32 [n, 4]. Every
-        object is of the image's class."""
-        masks = self._outlines([index])[1][0]
-        return masks_to_boxes(masks[masks.any(2).any(1)]) + torch.tensor([0.0, 0.0, 1.0, 1.0])
+    def _waves(self, objects: Tensor, labels: list[int], x: Tensor, y: Tensor) -> Tensor:
+        """The objects' patterns over the whole image: [B, 4, S, S] in -1..1."""
+        phases, mirrored = objects[..., 4:6], objects[..., 6] < 0.5
+        mirror = torch.where(mirrored, -1.0, 1.0)  # [B, 4]: a diagonal leans either way
+        kinds = [list(self.PATTERNS.values())[label % len(self.PATTERNS)] for label in labels]
+        periods = [self.PERIODS[label // len(self.PATTERNS)] for label in labels]
+        speed = torch.tensor([2 * math.pi / period for period in periods])
+        wave = 1.0
+        for n in (0, 1):
+            direction = torch.tensor([kind[n] or (0, 0) for kind in kinds])  # [B, 2]
+            direction = direction * speed[:, None]
+            missing = torch.tensor([kind[n] is None for kind in kinds]).view(-1, 1, 1, 1)
+            kx = (direction[:, :1] * mirror)[..., None, None]
+            ky = direction[:, 1].view(-1, 1, 1, 1)
+            sine = (kx * x + ky * y + 2 * math.pi * phases[..., n, None, None]).sin()
+            wave = wave * torch.where(missing, 1.0, sine)
+        return wave
+
+    def _background(self, image: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """A slow wave of its own direction and length for each colour channel, so that it has no
+        colour of its own to tell images apart by: [B, 3, S, S]."""
+        angle, length, phase = image[:, 5:8], image[:, 8:11], image[:, 11:14]  # [B, 3] each
+        angle, slow = 2 * math.pi * angle, 0.2 + 0.4 * length
+        kx, ky = (slow * angle.cos())[..., None, None], (slow * angle.sin())[..., None, None]
+        return 0.5 + 0.2 * (kx * x + ky * y + (2 * math.pi * phase)[..., None, None]).sin()
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
         """Many at once (DataLoader's protocol): ten times faster than one by one."""
-        u, masks = self._outlines(indices)
+        objects, image = self._random(indices)
         labels = [i % len(self.classes) for i in indices]
-        own, image, axis = u[:, :4], u[:, 4], torch.arange(self.size, dtype=torch.float32)
+        axis = torch.arange(self.size, dtype=torch.float32)
         x, y = axis.view(1, -1), axis.view(-1, 1)
-        mirror = torch.where(own[..., 6] < 0.5, -1.0, 1.0)  # [B, 4]: a diagonal leans either way
-
-        kinds = [list(self.PATTERNS.values())[label % len(self.PATTERNS)] for label in labels]
-        speed = torch.tensor([2 * math.pi / self.PERIODS[label // len(self.PATTERNS)] for label in labels])
-        wave = 1.0
-        for which in (0, 1):
-            d = torch.tensor([kind[which] or (0, 0) for kind in kinds]) * speed[:, None]  # [B, 2]
-            single = torch.tensor([kind[which] is None for kind in kinds]).view(-1, 1, 1, 1)
-            kx, ky = (d[:, :1] * mirror)[..., None, None], d[:, 1].view(-1, 1, 1, 1)
-            sine = (kx * x + ky * y + 2 * math.pi * own[..., 4 + which, None, None]).sin()
-            wave = wave * torch.where(single, 1.0, sine)  # [B, 4, S, S]
-
-        # background: a slow wave of its own direction and length for each colour channel,
-        # so that it has no colour of its own to tell images apart by
-        angle, slow = 2 * math.pi * image[:, 5:8], 0.2 + 0.4 * image[:, 8:11]  # [B, 3]
-        kx, ky = ((slow * f(angle))[..., None, None] for f in (torch.cos, torch.sin))
-        phase = (2 * math.pi * image[:, 11:14])[..., None, None]
-        pixels = 0.5 + 0.2 * (kx * x + ky * y + phase).sin()  # [B, 3, S, S]
-        colors = lambda row, at: row[:, at:at + 3, None, None]  # [B, 3, 1, 1]
-        for k in range(4):  # each object between two colours of its own
-            paint = torch.lerp(colors(own[:, k], 7), colors(own[:, k], 10), 0.5 + 0.5 * wave[:, k, None])
-            pixels = torch.where(masks[:, k, None], paint, pixels)
+        masks, waves = self._masks(objects, image), self._waves(objects, labels, x, y)
+        pixels = self._background(image, x, y)  # [B, 3, S, S]
+        one_color, other_color = objects[..., 7:10, None, None], objects[..., 10:13, None, None]
+        for n in range(4):  # each object between two colours of its own
+            between = 0.5 + 0.5 * waves[:, n, None]
+            paint = torch.lerp(one_color[:, n], other_color[:, n], between)
+            pixels = torch.where(masks[:, n, None], paint, pixels)
         return list(zip((255 * pixels).to(torch.uint8), labels))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.__getitems__([range(len(self))[index]])[0]
 
+    def boxes(self, index: int) -> Tensor:
+        """The objects' boxes: x1 y1 x2 y2 in pixels, the ends exclusive, float32 [n, 4]. Every
+        object is of the image's class."""
+        masks = self._masks(*self._random([index]))[0]
+        present = masks[masks.any(2).any(1)]
+        return masks_to_boxes(present) + torch.tensor([0.0, 0.0, 1.0, 1.0])
+
 
 class Unreadable(Exception):
-    """An image file that cannot be decoded, or too many of them: one line."""
+    """An image file that cannot be decoded: one line."""
 
 
-def read_image(path: str, upright: bool = False) -> Image.Image:
-    """An image file in RGB, whatever its mode; of 16 bits the upper 8, of an animation the first picture;
-    turned by its EXIF orientation only if `upright` (ours: torchvision does not, nor do ImageNet's figures)."""
+def read_image(path: str) -> Image.Image:
+    """An image file in RGB, as torchvision reads it; Unreadable, with the path, if it cannot."""
     try:
-        with Image.open(path) as image:
-            if upright:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to white
-                image = image.convert("I").point(lambda value: value / 256).convert("L")
-            return image.convert("RGB")
-    except Exception as error:  # decoders have no common base class; a decompression bomb is one of these
-        raise Unreadable(f"{path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
-
-
-def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every folder and the files in it, links followed. Exits with one line at a folder that is reached in two
-    ways: its images would count twice, and a circle has no end."""
-    def refuse(error: OSError):
-        raise SystemExit(f"cannot read {error.filename}: {error.strerror}")
-
-    seen = set()
-    for folder, _, names in os.walk(root, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            raise SystemExit(f"symbolic links under {root} lead to a folder twice, or in a circle: remove {folder}")
-        seen.add(real)
-        yield folder, names
+        return datasets.folder.default_loader(path)
+    except Exception as error:  # image decoders have no common base class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Unreadable(f"{path} cannot be read: {reason}")
 
 
 class ImageFiles(Dataset):
-    """Every image file below some folders of `root`, whatever the folders in them are called: enough for
+    """Every image file below some folders, whatever the folders in them are called: enough for
     Sec. 2.1, where no label is used. item: (PIL image, 0)."""
 
-    def __init__(self, root: Path, folders: list[Path]):
-        self.root = root
-        self.files = sorted(
-            os.path.join(folder, name)
-            for top in folders for folder, names in walk(top) for name in names
-            if name.lower().endswith(datasets.folder.IMG_EXTENSIONS))
+    def __init__(self, folders: list[Path]):
+        self.files = []
+        for top in folders:
+            for folder, _, names in os.walk(top, followlinks=True):
+                self.files += [os.path.join(folder, name) for name in names
+                               if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
+        self.files.sort()
         if not self.files:
-            raise SystemExit(f"no image files under {root}: pass --data DIR")
+            raise SystemExit(f"no image files under {folders[0]}: pass --data DIR")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -254,59 +329,23 @@ class ImageFiles(Dataset):
 DOWNLOADS = Path("datasets")  # where torchvision keeps what it downloads
 
 
-@contextmanager
-def one_downloads(data: str):
-    """The first process of a node goes first, the others find what it has downloaded."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        dist.barrier()
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise SystemExit(f"cannot download {data} to {DOWNLOADS}/: {str(error).splitlines()[0]}")
-    if first:
-        dist.barrier()
-
-
-def from_first(make: Callable):
-    """What `make` returns or exits with on the first process, on all: of a shared file system, each of many
-    ranks would ask the same (ours, measured: a copy of ImageNet's 1.28 million paths takes a second)."""
-    try:
-        box = [make() if dist.get_rank() == 0 else None]
-    except SystemExit as error:
-        box = [error]
-    dist.broadcast_object_list(box)
-    if isinstance(box[0], SystemExit):
-        raise box[0] if dist.get_rank() == 0 else SystemExit(1)
-    return box[0]
-
-
-def fingerprint(*sets: Dataset) -> str:
-    """What is the same when a run goes on with the same images, wherever they lie: their kind, number and
-    names, 16 hexadecimal digits. Their contents are not read."""
-    digest = hashlib.sha256()
-    for images in sets:
-        paths = getattr(images, "files", None) or [path for path, _ in getattr(images, "samples", ())]
-        names = [path[len(str(images.root)):] for path in paths] or getattr(images, "names", [])
-        digest.update(os.fsencode("\0".join([type(images).__name__, str(len(images)), *names, ""])))
-    return digest.hexdigest()[:16]
-
-
 def load_dataset(data: str, split: str, size: int) -> Dataset:
     """The images of `data`. split: "pretrain" (no labels needed), "train" or "test", both of
     (image, class) and with `.classes`; size: of the images that are made, not read (pixels).
 
-    Exits with one line if there is nothing to read."""
+    data: "shapes", "cifar10", "stl10", "imagenette", or a folder with train/ and val/ (or test/),
+    a folder of images for each class in them; "pretrain" takes all images of train/ and of
+    unlabelled/, or those of a folder that has neither. Exits with one line on anything else."""
     train = split != "test"
     if data == "shapes":
         return Shapes("train" if train else "test", size)
-    if data in ("cifar10", "stl10", "imagenette"):
-        with one_downloads(data):
-            if data == "cifar10":
-                return datasets.CIFAR10(DOWNLOADS, train=train, download=True)
-            if data == "stl10":
-                return datasets.STL10(DOWNLOADS, {"pretrain": "unlabeled"}.get(split, split), download=True)
-            datasets.Imagenette(DOWNLOADS, download=True)
+    if data == "cifar10":
+        return download(data, lambda: datasets.CIFAR10(DOWNLOADS, train, download=True))
+    if data == "stl10":
+        stl_split = {"pretrain": "unlabeled"}.get(split, split)
+        return download(data, lambda: datasets.STL10(DOWNLOADS, stl_split, download=True))
+    if data == "imagenette":
+        download(data, lambda: datasets.Imagenette(DOWNLOADS, download=True))
         data = DOWNLOADS / "imagenette2"
     return from_first(lambda: list_folder(Path(data), split))
 
@@ -317,127 +356,59 @@ def list_folder(root: Path, split: str) -> Dataset:
         raise SystemExit(f"no folder {root}: pass --data DIR, or --tiny for the embedded data set")
     if split == "pretrain":
         folders = [root / name for name in ("train", "unlabelled") if (root / name).is_dir()]
-        return ImageFiles(root, folders or [root])
+        return ImageFiles(folders or [root])
     names = ("train",) if split == "train" else ("val", "test")
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        raise SystemExit(f"no {'/ or '.join(names)}/ under {root}: pass --data DIR with class folders in it")
-    for _ in walk(folder):  # torchvision's own would not end in a circle
-        pass
+    folders = [root / name for name in names if (root / name).is_dir()]
+    if not folders:
+        raise SystemExit(f"no {'/ or '.join(names)}/ under {root}: pass --data DIR with class "
+                         f"folders in it")
     try:
-        return datasets.ImageFolder(folder, loader=read_image)
+        return datasets.ImageFolder(folders[0], loader=read_image)
     except FileNotFoundError as error:  # torchvision names the classes
-        raise SystemExit(f"labels are needed here, a folder of images for each class under {folder}: "
-                         f"{str(error).split('. Supported')[0]}")
+        raise SystemExit(f"labels are needed here, a folder of images for each class: {error}")
 
 
-# ---- Detection ----------------------------------------------------------------------------------
+def download(name: str, make: Callable) -> Dataset:
+    """What `make` returns: the first process of a node downloads, the others find it there."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    try:
+        if first:
+            make()
+        dist.barrier()
+        return make()
+    except (OSError, RuntimeError) as error:
+        line = str(error).splitlines()[0]
+        raise SystemExit(f"cannot download {name} to {DOWNLOADS}/: {line}")
 
 
-class Objects(Dataset):
-    """Images with boxes. item: (PIL image or uint8 tensor, its `truth`); names: the images'.
-
-    VOC counts pixels from 1 and its boxes hold their last ones: (x1, y1, x2, y2) of its files is
-    (x1 - 1, y1 - 1, x2, y2) here, so that x2 - x1 is a width."""
-
-    def __init__(self, source: Shapes | datasets.VOCDetection, classes: list[str], names: list[str]):
-        self.source, self.classes, self.names = source, classes, names
-        if not isinstance(source, Shapes):  # all at once: a bad file is found before any work
-            self.truths = [self._parse(path) for path in source.annotations]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, dict]:
-        shapes, truth = isinstance(self.source, Shapes), self.truth(index)
-        image = self.source[index][0] if shapes else read_image(self.source.images[index])
-        boxes = tv_tensors.BoundingBoxes(truth["boxes"], format="XYXY", canvas_size=v2.functional.get_size(image))
-        return image, truth | {"boxes": boxes}
-
-    def truth(self, index: int) -> dict[str, Tensor]:
-        """boxes: float32 [n, 4], x1 y1 x2 y2 in pixels; labels: int64 [n], from 1; difficult: bool [n]."""
-        if isinstance(self.source, Shapes):
-            boxes = self.source.boxes(index)
-            labels, difficult = [1 + index % len(self.classes)] * len(boxes), [False] * len(boxes)
-        else:
-            boxes, labels, difficult = self.truths[index]
-            boxes = torch.tensor(boxes).view(-1, 4)
-        return {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64),
-                "difficult": torch.tensor(difficult, dtype=torch.bool)}
-
-    def _parse(self, path: str) -> tuple[list, list, list]:
-        """boxes, labels, difficult: numbers, since a worker that is not forked is sent each tensor as a file."""
-        try:
-            objects = ElementTree.parse(path).getroot().findall("object")
-            corners = [[float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
-            labels = [1 + self.classes.index(o.findtext("name")) for o in objects]
-            difficult = [o.findtext("difficult") == "1" for o in objects]
-        except (OSError, SyntaxError, TypeError, ValueError) as error:
-            raise SystemExit(f"{path} is not an annotation of VOC 2007: {type(error).__name__} {error}")
-        return [(x1 - 1, y1 - 1, x2, y2) for x1, y1, x2, y2 in corners], labels, difficult
-
-
-def load_objects(data: str, split: str, size: int) -> Objects:
-    """Sec. 4.3. data: "shapes", of `size` pixels, "voc2007", downloaded, or a folder that holds
-    VOCdevkit/VOC2007; split: "train" (VOC's trainval) or "test". Exits with one line if anything
-    that VOC's list names is missing or damaged."""
-    if data == "shapes":
-        shapes = Shapes(split, size)
-        # ours: 200 test images, 600 objects, tell a few points of mAP apart
-        return Objects(shapes, shapes.classes, [f"{i:05d}" for i in range(len(shapes) if split == "train" else 200)])
-    which = "trainval" if split == "train" else "test"
-    if data == "voc2007":
-        with one_downloads(data):
-            datasets.VOCDetection(DOWNLOADS, "2007", which, download=True)
-        data = DOWNLOADS
-    return from_first(lambda: read_voc(Path(data), which))
-
-
-def read_voc(root: Path, which: str) -> Objects:
-    """VOC 2007's list `which` and all its annotations."""
-    if not (path := root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{which}.txt").is_file():
-        raise SystemExit(f"no {path}: pass --data DIR with VOCdevkit/VOC2007 in it, or --data shapes")
-    voc = datasets.VOCDetection(root, "2007", which)
-    missing = [path for path in (*voc.images, *voc.annotations) if not os.path.isfile(path)]
-    if missing:
-        raise SystemExit(f"{len(missing)} files of VOC 2007's {which} are missing, the first {missing[0]}")
-    if not len(voc):
-        raise SystemExit(f"{path} lists no image")
-    classes = FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # VOC's twenty, without the background
-    return Objects(voc, classes, [Path(path).stem for path in voc.images])
-
-
-def labels_of(item: tuple) -> tuple[Tensor, Tensor]:
-    """What SanitizeBoundingBoxes removes together with a box."""
-    return item[1]["labels"], item[1]["difficult"]
-
-
-def objects_transform(train: bool) -> v2.Compose:
-    """(image, truth) -> (uint8 tensor, truth): mirrored half the time. Scale and colours (Sec. 2.2)
-    are drawn on the device. ours: boxes of less than a pixel inside the image are left out."""
-    steps = [v2.RandomHorizontalFlip(), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=labels_of)]
-    return v2.Compose([*(steps if train else []), v2.PILToTensor()])
-
-
-# ---- Labels -------------------------------------------------------------------------------------
-
-
-def targets(dataset: Dataset) -> list[int]:
-    """Every image's class, without reading an image."""
-    return [int(y) for y in (dataset.targets if hasattr(dataset, "targets") else dataset.labels)]
-
-
-def image_names(dataset: Dataset) -> list[str]:
+def names_of(dataset: Dataset) -> list[str]:
     """What a list of images calls them: file names, as in the published lists of ImageNet subsets
     (S4L, SimCLR); CLASS/NAME where classes share names; numbers where there are no files."""
     if not isinstance(dataset, datasets.ImageFolder):
-        return [f"{i:05d}" for i in range(len(dataset))]
+        files = getattr(dataset, "files", None) or [f"{i:05d}" for i in range(len(dataset))]
+        return [os.path.basename(file) for file in files]
     parts = [path.split(os.sep)[-2:] for path, _ in dataset.samples]
     names = [name for _, name in parts]
     return names if len(set(names)) == len(names) else ["/".join(part) for part in parts]
 
 
-def label_subset(targets: list[int], fraction: float, seed: int, held_out: float = 0.0) -> tuple[list[int], list[int]]:
+def summary_of(dataset: Dataset) -> list:
+    """What must be the same for a run to go on with these images, wherever they lie."""
+    names = names_of(dataset)
+    return [len(names), names[0], names[-1]]
+
+
+# ---- Labels --------------------------------------------------------------------------------------
+
+
+def targets_of(dataset: Dataset) -> list[int]:
+    """Every image's class, without reading an image."""
+    targets = dataset.targets if hasattr(dataset, "targets") else dataset.labels
+    return [int(y) for y in targets]
+
+
+def label_subset(targets: list[int], fraction: float, seed: int,
+                 held_out: float = 0.0) -> tuple[list[int], list[int]]:
     """The images whose labels are used (Sec. 2.2: 1 % to 100 %), and held-out ones to select on
     (A.4: "a separate validation set"): two sorted lists of indices.
 
@@ -456,104 +427,77 @@ def label_subset(targets: list[int], fraction: float, seed: int, held_out: float
 
 
 def read_subset(path: str, dataset: Dataset) -> list[int]:
-    """The indices of the images that a list names, one a line: NAME or CLASS/NAME. Only images of
-    the data set can be named. Exits with one line on a missing file or an unknown name."""
+    """The indices of the images that a list names, one a line: NAME or CLASS/NAME. Exits with one
+    line on a missing file or on a name that no image of the data set has."""
     try:
-        names = os.fsdecode(Path(path).read_bytes()).split("\n")
+        text = os.fsdecode(Path(path).read_bytes())
     except OSError as error:
         raise SystemExit(f"cannot read --subset {path}: {error.strerror}")
-    index = {name: i for i, name in enumerate(image_names(dataset))}
+    index = {name: i for i, name in enumerate(names_of(dataset))}
     if isinstance(dataset, datasets.ImageFolder):
-        index |= {"/".join(path.split(os.sep)[-2:]): i for i, (path, _) in enumerate(dataset.samples)}
-    names = [name.strip() for name in names if name.strip()]
+        for i, (file, _) in enumerate(dataset.samples):
+            index["/".join(file.split(os.sep)[-2:])] = i
+    names = [line.strip() for line in text.split("\n") if line.strip()]
     unknown = [name for name in names if name not in index]
     if unknown or not names:
-        raise SystemExit(f"--subset {path}: {len(unknown)} of {len(names)} lines name no training image (NAME, "
-                         f"CLASS/NAME where classes share names)"
-                         + "".join(f", the first {name!r}" for name in unknown[:1]))
+        raise SystemExit(f"--subset {path}: {len(unknown)} of {len(names)} lines name no training "
+                         f"image (NAME, CLASS/NAME where classes share names): {unknown[:1]}")
     return sorted({index[name] for name in names})
 
 
-# ---- Image augmentation -------------------------------------------------------------------------
+# ---- Batches -------------------------------------------------------------------------------------
 
 
-def image_transform(kind: str, crop: int, min_area: float = 0.08, distort: bool = False,
-                    grey: bool = False) -> v2.Compose:
-    """PIL image or uint8 tensor -> uint8 tensor [3, crop, crop].
-
-    kind: "inception" (random area of min_area..1 of the image, aspect 3/4..4/3, mirrored half the
-    time: Szegedy et al. 2014 in its common reading; A.3), "v1" (CPC v1: a random crop of an image
-    resized in the proportion 300:256, mirrored), or "test" (Sec. 2.2: none, a single crop).
-    distort: Inception's random brightness, contrast, saturation and hue; grey: as CPC v1 sees.
-    """
-    if kind == "inception":
-        steps = [v2.RandomResizedCrop(crop, scale=(min_area, 1.0), ratio=(3 / 4, 4 / 3), antialias=True),
-                 v2.RandomHorizontalFlip()]
-    elif kind == "v1":
-        steps = [v2.Resize(round(crop * 300 / 256), antialias=True), v2.RandomCrop(crop),
-                 v2.RandomHorizontalFlip()]
-    else:
-        # ours: ImageNet's usual 224 of 256, for every size: objects as large as the inception crop
-        # shows them on average. The whole image instead cost 10 points of top-1 on CIFAR-10.
-        steps = [v2.Resize(round(crop / 0.875), antialias=True), v2.CenterCrop(crop)]
-    if distort:  # ours: the ranges of Inception's published preprocessing
-        steps.append(v2.ColorJitter(brightness=32 / 255, contrast=0.5, saturation=0.5, hue=0.2))
-    if grey:
-        steps.append(v2.Grayscale(3))
-    return v2.Compose([*steps, v2.PILToTensor()])
-
-
-# ---- Batches ------------------------------------------------------------------------------------
+def derive_seed(*keys: int | str) -> int:
+    """An independent seed for each tuple of keys: every random choice of a run is a function of
+    (seed, what it is for), so that continuing a run needs no saved random states."""
+    return random.Random("/".join(map(str, keys))).getrandbits(63)
 
 
 class Seeded(Dataset):
     """`dataset` behind `transform`, each item augmented under its own seed: which worker makes it,
     or in what order, changes nothing. key: (index, seed).
 
-    skip: the share of images that may be unreadable, each replaced by the next and named on stderr."""
+    skip: in training, an image that cannot be read is named on stderr, and the next one takes its
+    place, until a process has met more than one in a hundred; without, it is an error."""
 
-    def __init__(self, dataset: Dataset, transform: v2.Transform, skip: float = 0.0):
-        self.dataset, self.transform, self.skip = dataset, transform, skip
-        self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # counted by all workers
+    def __init__(self, dataset: Dataset, transform: v2.Transform, skip: bool = False):
+        self.dataset, self.transform, self.skip, self.named = dataset, transform, skip, set()
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
-        indices = [index for index, _ in keys]
-        many = getattr(self.dataset, "__getitems__", lambda indices: [self.dataset[i] for i in indices])
-        try:
-            items = many(indices)
-        except Unreadable:
-            items = [self._readable(index) for index in indices]
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple]:
+        indices, seeds = zip(*keys)
+        if isinstance(self.dataset, Shapes):
+            items = self.dataset.__getitems__(indices)
+        else:
+            items = [self._read(index) for index in indices]
         with torch.random.fork_rng(devices=[]):
-            return [self._augment(item, seed) for item, (_, seed) in zip(items, keys)]
+            return [self._augment(item, seed) for item, seed in zip(items, seeds)]
 
-    def _readable(self, index: int) -> tuple:
-        """The item, or the first after it that can be read."""
-        while True:
-            try:
-                return self.dataset[index]
-            except Unreadable as error:
-                new = not self.unreadable[index]
-                self.unreadable[index] = True
-                count, images = int(self.unreadable.sum()), len(self.dataset)
-                if count > self.skip * images:
-                    raise Unreadable(f"{error} ({count} of {images} images, more than 1 %)") if self.skip else error
-                if new:
-                    print(f"skipped: {error} ({count} of {images} images)", file=sys.stderr, flush=True)
-                index = (index + 1) % images
+    def _read(self, index: int) -> tuple:
+        try:
+            return self.dataset[index]
+        except Unreadable as error:
+            if not self.skip or len(self.named) > 0.01 * len(self.dataset):
+                raise
+            if index not in self.named:
+                print(f"skipped: {error}", file=sys.stderr, flush=True)
+            self.named.add(index)
+            return self._read((index + 1) % len(self.dataset))
 
-    def _augment(self, item: tuple, seed: int) -> tuple[Tensor, int]:
+    def _augment(self, item: tuple, seed: int) -> tuple:
         torch.default_generator.manual_seed(seed)  # torchvision's transforms draw from this one
         return self.transform(*item)  # (image, label); the boxes of a label follow the image
 
 
 class TrainBatches(Sampler):
     """This rank's share of every global batch, for steps `start` to `stop` counted over the whole
-    run: resuming is starting at another step. Every epoch is a new permutation, its last partial
+    run: continuing is starting at another step. Every epoch is a new permutation, its last partial
     batch dropped. Yields lists of (index, seed)."""
 
     def __init__(self, length: int, batch: int, seed: int, start: int, stop: int):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.length, self.batch, self.seed, self.start, self.stop = length, batch, seed, start, stop
+        self.length, self.batch, self.seed = length, batch, seed
+        self.start, self.stop = start, stop
 
     def __iter__(self):
         shuffled = None
@@ -562,8 +506,9 @@ class TrainBatches(Sampler):
             if epoch != shuffled:
                 generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
                 order, shuffled = torch.randperm(self.length, generator=generator), epoch
-            batch = order[position * self.batch:(position + 1) * self.batch][self.rank::self.world]
-            yield [(i, derive_seed(self.seed, "image", epoch, i)) for i in batch.tolist()]
+            batch = order[position * self.batch:(position + 1) * self.batch]
+            mine = batch[self.rank::self.world].tolist()
+            yield [(i, derive_seed(self.seed, "image", epoch, i)) for i in mine]
 
 
 class TestBatches(Sampler):
@@ -593,126 +538,381 @@ def end_workers() -> None:
 
 def load_batches(dataset: Dataset, transform: v2.Transform, batches: Sampler, device: torch.device,
                  workers: int | None = None, collate: Callable | None = None) -> Iterator:
-    """Batches of (images uint8 [B, 3, S, S], labels int64 [B]), or as `collate` makes them. workers:
-    None leaves one core of this rank's share for the training step itself; 0 loads in the process.
+    """Batches of (images uint8 [B, 3, S, S], labels int64 [B]), or as `collate` makes them.
+    workers: None leaves one core of this rank's share for the training step; 0 loads here.
 
-    Exits with one line on an image that cannot be read, in training when more than 1 % cannot."""
+    Exits with one line on an image that cannot be read, in training if there are many."""
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
-    seeded = Seeded(dataset, transform, skip=0.01 if isinstance(batches, TrainBatches) else 0.0)
-    # ours: forked on Linux, since Python 3.14 no default: they share the list of images, ImageNet's among them
-    several = dict(prefetch_factor=4, multiprocessing_context="fork" if sys.platform == "linux" else None)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = max(0, min(16, len(os.sched_getaffinity(0)) // processes - 1))
+    images = Seeded(dataset, transform, skip=isinstance(batches, TrainBatches))
     try:
-        yield from DataLoader(seeded, batch_sampler=batches, num_workers=max(0, workers), collate_fn=collate,
-                              pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
-                              **(several if workers > 0 else {}))
+        # ours: forked, no default since Python 3.14: the list of ImageNet's paths is shared
+        yield from DataLoader(images, batch_sampler=batches, num_workers=workers,
+                              collate_fn=collate, pin_memory=device.type == "cuda",
+                              worker_init_fn=ignore_signals,
+                              multiprocessing_context="fork" if workers else None)
     except Unreadable as error:  # a worker's has its traceback in front
         raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("data.Unreadable: "))
 
 
-# ---- Patches ------------------------------------------------------------------------------------
+# ---- Processes -----------------------------------------------------------------------------------
 
 
-def grid_side(crop: int, patch: int, stride: int) -> int:
-    """G, the number of patches along a side. ValueError, with the numbers, if they do not tile."""
-    if not 0 < stride or not 0 < patch <= crop or (crop - patch) % stride:
-        raise ValueError(f"crop {crop}, patch {patch}, stride {stride}: patches do not tile the crop "
-                         f"(crop - patch must be a multiple of stride)")
-    return (crop - patch) // stride + 1
-
-
-def extract_patches(images: Tensor, patch: int, stride: int) -> Tensor:
-    """Cut overlapping patches (Sec. 2.1; A.3: 80x80 at stride 32 out of 240x240 -> 6x6): a view, in
-    which overlapping patches share their pixels. [B, 3, S, S] -> [B, G, G, 3, P, P], of the same type."""
-    grid_side(images.shape[-1], patch, stride)
-    view = images.unfold(2, patch, stride).unfold(3, patch, stride)  # [B, 3, G, G, P, P]
-    return view.permute(0, 2, 3, 1, 4, 5)
-
-
-def normalise(images: Tensor) -> Tensor:
-    """uint8 [..., 3, H, W] -> float32, zero mean and unit variance by MEAN and STD."""
-    mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (MEAN, STD))
-    return images.float().mul_(1 / (255 * std)).sub_(mean / std)
-
-
-def draw(generator: torch.Generator, *size: int) -> Tensor:
-    """Uniform numbers, a row for each of this process's images: rows of those for the whole batch, which
-    `TrainBatches` deals out in turn, so that an image's do not depend on the number of processes."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    rows = torch.rand(size[0] * world, *size[1:], generator=generator, device=generator.device)
-    return rows[rank::world]
-
-
-def jittered(patch: int, generator: torch.Generator, *size: int) -> Tensor:
-    """Which row (or column) of a patch each of its rows is taken from: [*size] -> int64 [*size, P].
-
-    paper: Sec. 4.1, "spatially jitters individual patches"; v1: a random 60x60 subcrop of a 64x64 patch,
-    padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7), and the border repeated:
-    a border of zeros, which patches at test time do not have, cost a linear probe on CIFAR-10 25 points."""
-    side = max(1, min(patch - 1, patch * 60 // 64))
-    shift = ((patch - side + 1) * draw(generator, *size)).long()
-    inside = torch.arange(patch, device=shift.device) - (patch - side) // 2
-    return shift[..., None] + inside.clamp(0, side - 1)
-
-
-def drop_colors(x: Tensor, dropped: Tensor, keep: Tensor, noise: Tensor) -> Tensor:
-    """Drop two of the three colours of some patches (or of whole images), in place.
-
-    x: normalised, float32 [..., 3, P, P]; dropped: bool [...], whose; keep: int64 [...], the channel
-    that stays, in its place; noise: [3, P, P], of unit deviation.
-
-    paper: Sec. 4.1, "randomly drops two of the three color channels in each patch". Doersch et al.
-    2015: replaced by Gaussian noise of 1/100 of the remaining channel's deviation. The noise is
-    around zero, the mean colour after normalisation."""
-    power = torch.linalg.vector_norm(x, dim=(-2, -1)).square() / noise[0].numel()  # [..., 3]
-    deviation = (power - x.mean((-2, -1)).square()).clamp(min=0).sqrt()
-    keep = keep[..., None]
-    replaced = dropped[..., None] & (torch.arange(3, device=x.device) != keep)  # [..., 3]
-    level = 0.01 * deviation.gather(-1, keep) * replaced
-    return x.mul_(~replaced[..., None, None]).addcmul_(noise, level[..., None, None])
-
-
-def augment_patches(images: Tensor, patch: int, stride: int, generator: torch.Generator,
-                    color_drop: float = 0.0, jitter: bool = False, flip: float = 0.0) -> Tensor:
-    """Patch-based augmentation (Sec. 4.1), every patch on its own, as the image is cut.
-
-    images: normalised, float32 [B, 3, S, S], this process's share of a batch; generator: on the same
-    device; -> patches [B, G, G, 3, P, P]. color_drop, flip: probability for a patch; jitter: whether to shift.
-    """
-    B, _, S, _ = images.shape
-    G = grid_side(S, patch, stride)
-    if not jitter and not flip:
-        patches = extract_patches(images, patch, stride).clone(memory_format=torch.contiguous_format)
+def start_process() -> torch.device:
+    """Join torchrun's process group, or make a world of one; this rank's device."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"process {local + 1} of this node finds {torch.cuda.device_count()} "
+                             f"GPUs: lower --nproc_per_node")
+        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
     else:
-        rows = cols = torch.arange(patch, device=images.device).expand(B, G, G, patch)  # within the patch
-        if jitter:
-            rows, cols = (jittered(patch, generator, B, G, G) for _ in range(2))
-        if flip:  # paper: "randomly flip patches horizontally"
-            flipped = draw(generator, B, G, G) < flip
-            cols = torch.where(flipped[..., None], cols.flip(-1), cols)
-        corner = stride * torch.arange(G, device=images.device)
-        rows, cols = rows + corner[:, None, None], cols + corner[:, None]  # within the image
-        pixels = S * rows[..., :, None] + cols[..., None, :]  # [B, G, G, P, P]
-        taken = images.flatten(2).gather(2, pixels.flatten(1)[:, None].expand(-1, 3, -1))
-        patches = taken.view(B, 3, *pixels.shape[1:]).permute(0, 2, 3, 1, 4, 5)  # [B, G, G, 3, P, P]
-    if color_drop:
-        dropped = draw(generator, B, G, G) < color_drop
-        keep = (3 * draw(generator, B, G, G)).long()
-        # ours: one sheet of noise serves the whole batch: it tells no patch from another, and costs nothing
-        noise = torch.randn(patches.shape[3:], generator=generator, device=images.device)
-        patches = drop_colors(patches, dropped, keep, noise)
-    return patches
+        device, backend = torch.device("cpu"), "gloo"
+        keep_freed_memory()
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # no other node listens
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    if not dist.is_initialized():
+        gpu = device if device.type == "cuda" else None
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, device_id=gpu)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1,
+                                    device_id=gpu)
+    return device
 
 
-def to_patches(images: Tensor, device: torch.device, patch: int, stride: int, seed: int | None = None,
-               **augmentation) -> Tensor:
-    """From the loader to the encoder: uint8 images [B, 3, S, S] -> float32 patches
-    [B, G, G, 3, P, P] on the device, with `augment_patches`' augmentation, a function of the seed
-    alone, or without (seed None)."""
-    # normalised before it is cut: A.3's patches hold each pixel of the image four times
-    images = normalise(images.to(device, non_blocking=True).contiguous())
-    if seed is None:
-        return extract_patches(images, patch, stride).contiguous()
-    generator = torch.Generator(device).manual_seed(seed)
-    return augment_patches(images, patch, stride, generator, **augmentation)
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed activations instead of returning them to the kernel, which would hand
+    them back page by page, zeroed, in every step: several times slower for large activations."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return  # not glibc
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are done by the hardware, not emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class GatherBatch(torch.autograd.Function):
+    """The rows of all processes, rank by rank: [B, ...] -> [B * world, ...]. A row's gradient is
+    the sum of what every process asks of it. (torch's own is deprecated since 2.14.)"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x)
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def from_first(make: Callable):
+    """What `make` returns or exits with on the first process, on all of them."""
+    box = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [make()]
+        except SystemExit as error:
+            box = [error]
+    dist.broadcast_object_list(box)
+    if isinstance(box[0], SystemExit):
+        raise box[0] if dist.get_rank() == 0 else SystemExit(1)
+    return box[0]
+
+
+def check_batch(batch_size: int) -> None:
+    """Exit with one line if the global batch does not divide by the number of processes."""
+    world = dist.get_world_size()
+    if batch_size % world:
+        raise SystemExit(f"--batch-size {batch_size} is not a multiple of the {world} processes")
+
+
+# ---- A run: its folder, log, checkpoint and signals ----------------------------------------------
+
+
+class Run:
+    """What a run leaves on disk, below `--out`: log.jsonl, checkpoint.pt, pictures.
+
+    The same command continues what is there, another one is refused with the difference. The log's
+    lines travel in the checkpoint, and log.jsonl is written anew from it on a start: what was
+    logged after the last checkpoint is done again, and nothing is there twice.
+    """
+
+    # Flags that say where and how a run goes, not what it computes.
+    MAY_DIFFER = {"data", "out", "workers", "bf16", "checkpointing", "compile", "benchmark",
+                  "save_every"}
+
+    def __init__(self, args: argparse.Namespace, **facts):
+        """facts: what else must be the same for a run to be continued (its images, its encoder).
+
+        `state` is what the last save held, {} at the beginning. Exits with one line if the folder
+        holds another run, is in use, or cannot be written."""
+        self.folder, self.is_main = Path(args.out), dist.get_rank() == 0
+        flags = {k: v for k, v in vars(args).items() if k not in self.MAY_DIFFER}
+        self.identity = json.loads(json.dumps(flags | facts))  # tuples become lists, as in the file
+        self.save_seconds, self.saved_at = 60 * args.save_every, time.monotonic()
+        self.lines, self.sums, self.notes = [], {}, {}
+        self.count, self.signal, self.training = 0, 0, False
+        path = self.folder / "checkpoint.pt"
+        self.state = {}
+        if from_first(self._open):
+            if not path.exists():
+                raise SystemExit(f"only the first process finds {path}: --out must be a folder "
+                                 f"that all nodes share")
+            saved = load_file(path, "checkpoint")
+            self.state, self.count = saved["state"], saved["count"]
+            if self.is_main:  # the sums of all processes are in the first one's
+                self.lines, self.sums = saved["log"], saved["sums"]
+        if self.is_main:
+            self._rewrite_log()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__,
+                        torchvision=torchvision.__version__, commit=git_commit())
+        self.log("start", **self.identity, **versions, world_size=dist.get_world_size(),
+                 time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+
+    def _open(self) -> bool:
+        """Take the folder, on the first process: whether there is a checkpoint of this very run."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.folder / "log.jsonl", "a+")
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another run is writing to {self.folder}: pass another --out")
+        except OSError as error:
+            raise SystemExit(f"cannot use --out {self.folder}: {error.strerror}")
+        path = self.folder / "checkpoint.pt"
+        if path.exists():
+            self._compare(load_file(path, "checkpoint")["identity"])
+            return True
+        products = [name for name in ("encoder.pt", "model.pt") if (self.folder / name).exists()]
+        self.file.seek(0)
+        first = self.file.readline()
+        if products or first and not first.startswith('{"event": "start"'):
+            raise SystemExit(f"{self.folder} holds a run without its checkpoint, or what is not "
+                             f"ours: pass another --out")
+        if first:  # killed before the first checkpoint
+            self._compare(json.loads(first))
+        return False
+
+    def _compare(self, before: dict) -> None:
+        for key, now in self.identity.items():
+            if before.get(key) != now:
+                raise SystemExit(f"{self.folder} holds a run with {key.replace('_', '-')} "
+                                 f"{before.get(key)}, not {now}: use the same, or another --out")
+
+    def _rewrite_log(self) -> None:
+        self.file.seek(0)
+        self.file.truncate()
+        self.file.writelines(self.lines)
+        self.file.flush()
+
+    def log(self, event: str, **fields) -> None:
+        """Append a JSON line, on rank 0."""
+        if self.is_main:
+            self.lines.append(json.dumps({"event": event, **fields}) + "\n")
+            self.file.write(self.lines[-1])
+            self.file.flush()
+
+    def save(self, state: dict) -> None:
+        """Replace the checkpoint. state: tensors and plain values. All ranks call it together."""
+        sums = self._reduced()
+        self.saved_at = time.monotonic()
+        if self.is_main:
+            save_file(dict(kind="checkpoint", identity=self.identity, state=state, log=self.lines,
+                           sums=sums, count=self.count), self.folder / "checkpoint.pt")
+
+    def tally(self, **values: Tensor) -> None:
+        """Values of this process and step, averaged until the next line of the log."""
+        for name, value in values.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)).to(value.device) + value
+        self.latest = values
+        self.count += 1
+
+    def note(self, **fields) -> None:
+        """Fields of the next line of the log that are no mean."""
+        self.notes |= fields
+
+    def _reduced(self) -> dict[str, Tensor]:
+        """The sums over all processes, of copies: a save never changes what is logged. Raises
+        FloatingPointError if one is not finite: then nothing is saved."""
+        if not self.count:
+            return {}
+        values = torch.stack(list(self.sums.values()))
+        dist.all_reduce(values)
+        if not values.isfinite().all():
+            means = {k: v.item() / self.count for k, v in self.sums.items()}
+            raise FloatingPointError(f"not finite: {means}, {self.notes}: lower --lr; the last "
+                                     f"checkpoint is kept")
+        return dict(zip(self.sums, values))
+
+    def steps(self, batches: Iterator, start: int, stop: int, images: int, due: Callable,
+              state: Callable, label: str = "train", hint: str = "") -> Iterator:
+        """(step, batch) for the steps of a training loop, whose body calls `tally`.
+
+        images: in a step, of all processes; due(done): whether a line of the log and a checkpoint
+        are due after so many steps; state(): what a checkpoint holds, beside the step; hint: shown
+        beside the bar. Saves every `--save-every` minutes too. After SIGTERM or SIGINT it saves at
+        the end of the step and leaves with the conventional exit code."""
+        if start == 0:
+            self.sums, self.count = {}, 0
+        bar = tqdm(batches, label, stop, initial=start, disable=not self.is_main, mininterval=1,
+                   unit=" images", unit_scale=images)
+        self.clock, self.clock_step, self.training = time.monotonic(), start, True
+        try:
+            for step, batch in enumerate(bar, start):
+                yield step, batch
+                done = step + 1
+                if step % 20 == 0:  # the only time that the host waits for a GPU
+                    shown = ", ".join(f"{k} {v.item():.4g}" for k, v in self.latest.items())
+                    bar.set_postfix_str(f"{shown} {hint}", refresh=False)
+                    self._reduced()
+                caught, late = self._agree()
+                if due(done):
+                    self._log_means(label, done, images)
+                if due(done) or caught or late:
+                    self.save(state() | {"step": done})
+                if caught:
+                    bar.close()
+                    self._leave(caught)
+        finally:
+            bar.close()
+            self.training = False
+
+    def _log_means(self, label: str, done: int, images: int) -> None:
+        tallied, seconds = self.count * dist.get_world_size(), time.monotonic() - self.clock
+        means = {k: float(f"{v.item() / tallied:.7g}") for k, v in self._reduced().items()}
+        speed = (done - self.clock_step) * images / seconds
+        self.log("train", fit=label, step=done, **means, **self.notes, seconds=round(seconds, 3),
+                 images_per_second=round(speed, 1))
+        self.sums, self.notes, self.count = {}, {}, 0
+        self.clock, self.clock_step = time.monotonic(), done
+
+    def _agree(self) -> tuple[int, int]:
+        """The signal that any process has caught, and whether rank 0's clock wants a save."""
+        late = self.is_main and time.monotonic() - self.saved_at >= self.save_seconds
+        both = torch.tensor([self.signal, int(late)])
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        return tuple(both.tolist())
+
+    def _on_signal(self, number: int, frame) -> None:
+        if self.training:
+            self.signal = number  # `steps` will see it
+        else:
+            self._leave(number)  # nothing has been learned since the last save
+
+    def _leave(self, number: int) -> None:
+        if self.is_main:
+            print(f"stopped by {signal.Signals(number).name}, state saved: the same command "
+                  f"continues", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+
+def git_commit() -> str | None:
+    """The commit of this code, if it is in a git checkout."""
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "-q", "--verify", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None  # no git here
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """ours: linear warm-up, then half a cosine down to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def file_digest(path: str) -> str:
+    """Of a file's content, 16 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+# ---- Command lines -------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The file's docstring as it stands, and every flag's default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.default is None or action.default is False or "(default" in action.help
+        return action.help if told else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole flag names, one-line errors, and the flags all scripts share."""
+
+    DATA = ("folder with train/ and val/ (or test/), class folders in them, and perhaps "
+            "unlabelled/; for cpc.py any folder of images; or shapes (made), cifar10, stl10, "
+            "imagenette (downloaded)")
+
+    def __init__(self, doc: str, out: str):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=HelpFormatter)
+        add = self.add_argument
+        add("--out", default=out, help="the run's folder; the same command continues it")
+        add("--seed", type=number(0, 2**61, int), default=0, help="of everything random")
+        add("--workers", type=number(0, 1024, int), help="data loading processes (default: one "
+            "less than this process's share of the cores)")
+        add("--bf16", action=argparse.BooleanOptionalAction,
+            help="bfloat16 autocast (default: where the hardware has it)")
+        add("--save-every", type=number(0, 1e6), default=10.0, metavar="MINUTES",
+            help="between checkpoints; another one comes with each line of the log")
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(low: float, high: float, kind: type = float) -> Callable[[str], float]:
+    """A flag's type: a number in a range."""
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+    parse.__name__ = "number"
+    return parse
+
+
+LOST = "lost the connection to another process of this run, whose own message says why"
+CAUSES = {  # errors of torch that a user can do something about
+    "Bus error": "shared memory is full: lower --workers (in a container, raise its --shm-size)",
+    "can't allocate memory": "memory is full: lower --batch-size or --workers",
+    "CUDA out of memory": "the GPU's memory is full: lower --batch-size, or use more GPUs",
+    "DataLoader worker": "a data loading process was killed: if memory is full, lower --workers",
+    "Output size is too small": "the images are too small for this network: raise --crop",
+    "gloo": LOST, "NCCL": LOST}
+
+
+def run_script(parse_args: Callable, main: Callable) -> None:
+    """A script from its command line to its end; what a user or the system causes is one line."""
+    try:
+        main(parse_args())
+        dist.destroy_process_group()
+    except KeyboardInterrupt:  # there is no run yet that could be saved
+        raise SystemExit(130)
+    except FloatingPointError as error:
+        raise SystemExit(str(error))
+    except OSError as error:
+        raise SystemExit(f"{error.strerror or error}: {error.filename or 'is the disk full?'}")
+    except RuntimeError as error:
+        for part, cause in CAUSES.items():
+            if part in str(error):
+                raise SystemExit(f"{cause} ({' '.join(str(error).split())[:200]})")
+        raise

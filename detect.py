@@ -3,59 +3,64 @@
     python detect.py --data DIR                                   # DIR holds VOCdevkit/VOC2007
     python detect.py --encoder runs/cpc/encoder.pt random --out runs/detect-both
     python detect.py --tiny                                       # the embedded data set, a CPU
-    python detect.py --encoder torchvision:resnet50:FILE --data DIR --out runs/detect-supervised
     torchrun --nproc_per_node=8 detect.py --data DIR --out runs/detect-8
-    python detect.py --detect photo.jpg --out runs/detect         # draw what a finished run finds
+    python detect.py --detect photo.jpg --out runs/detect         # draw what a run has learned
 
 The encoder is conv1..conv4 of a ResNet. Sec. 4.3 "replaced the neural network classifier ... with a
-Faster-RCNN": here torchvision's, with the encoder run fully convolutionally as its trunk and a fresh
-conv5 on the regions. First the trunk is fixed, then everything is fine-tuned from that solution.
+Faster-RCNN": here torchvision's, with the encoder run fully convolutionally as its trunk and a
+fresh conv5 on the regions. First the trunk is fixed, then everything is fine-tuned from that
+solution, with early stopping on held-out training images (Sec. 2.2).
 
-Results: shapes, three seeds, mAP 42.1 ± 6.6 fine-tuned, 3.8 ± 1.1 from random weights, in eight times the steps
-88.4 ± 5.7 and 17.1 ± 2.8; a part of VOC 2007, one seed, 5.5 and 2.4 (README). At the paper's scale not yet measured.
+Results: assets/results.md; at the paper's scale not yet measured.
 
-Shapes: N images, R regions, D latent channels, H W an image's sides.
+Shapes: R regions, D latent channels, H W an image's sides.
 """
 
 import copy
 import math
+import os
 import time
-from functools import partial
+from argparse import Namespace
+from operator import itemgetter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from torchvision import datasets, tv_tensors
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
-from tqdm import tqdm
 
 import data
-from resnet import (FORMAT, Bottleneck, Encoder, LayerNorm, Parser, Run, TorchvisionGrid, assert_unchanged, atomic_save,
-                    find_encoders, learning_rate, load_file, norm_layer, one_line)
+from data import learning_rate, number
+from resnet import (Bottleneck, Encoder, LayerNorm, Source, TorchvisionResNet, assert_unchanged,
+                    find_encoders, load_file, norm_layer, save_file)
 
-LAYERS = ("layer3",)  # torchvision's conv4: ResNets
-
-# ---- The detector -------------------------------------------------------------------------------
+# ---- The detector --------------------------------------------------------------------------------
 
 
 class Trunk(nn.Module):
     """f_theta on whole images, fully convolutional: [N, 3, H, W] -> [N, D, H/stride, W/stride].
 
     Its normalisation stays as trained: batch norm with its running statistics. Layer norm's were a
-    patch's; here they are each position's, over its channels. ours, measured: with those of the whole
-    image mAP is 12 points lower (README), and the padding that a batch adds would change latents."""
+    patch's; here they are each position's, over its channels. ours, measured: with those of the
+    whole image mAP is 12 points lower, and the padding that a batch adds would change latents."""
 
     def __init__(self, encoder: nn.Module, bf16: bool):
         super().__init__()
-        self.encoder, self.out_channels, self.bf16, self.frozen = encoder, encoder.out_channels, bf16, True
+        self.encoder, self.out_channels, self.bf16 = encoder, encoder.out_channels, bf16
+        self.frozen = True
         for module in encoder.modules():
             if isinstance(module, LayerNorm):
                 module.per_position = True
@@ -72,14 +77,15 @@ class Trunk(nn.Module):
 
 
 class Conv5(nn.Module):
-    """A ResNet's last stack (He et al. 2016), fresh, on each region: [R, D, h, w] -> [R, channels]."""
+    """A ResNet's last stack (He et al. 2016), fresh, on each region: [R, D, h, w] -> [R, C]."""
 
     def __init__(self, in_channels: int, channels: int, bf16: bool):
         super().__init__()
-        # ours: layer norm as in the trunk, since the few regions of a batch resemble each other
-        self.blocks = nn.Sequential(*(
-            Bottleneck(channels if n else in_channels, channels, channels // 4, 1 if n else 2, "layer")
-            for n in range(3)))
+        # ours: layer norm over a region's (C, h, w), as in pre-training over a patch's: the few
+        # regions of a batch resemble each other too much for batch norm
+        blocks = [Bottleneck(channels if n else in_channels, channels, channels // 4,
+                             1 if n else 2, "layer") for n in range(3)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm, self.bf16 = norm_layer("layer", channels), bf16
 
     def forward(self, regions: Tensor) -> Tensor:
@@ -87,42 +93,177 @@ class Conv5(nn.Module):
             return F.relu(self.norm(self.blocks(regions))).mean((2, 3), dtype=torch.float32)
 
 
-def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = False, proposals: int = 300,
-                   regions: int = 128, bf16: bool = False) -> FasterRCNN:
+def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = False,
+                   proposals: int = 300, regions: int = 128, bf16: bool = False) -> FasterRCNN:
     """Faster R-CNN (Ren et al. 2015) with the encoder as its trunk, images already normalised.
 
     classes: without the background; side: shorter side of test images, pixels; proposals: from the
     region proposal network at test time; regions: trained on, of an image."""
     D = encoder.out_channels
-    anchors = AnchorGenerator(  # 32 to 512 pixels at side 480, three shapes
-        (tuple(max(1, round(side * 2 ** n / 15)) for n in range(5)),), ((0.5, 1.0, 2.0),))
-    rpn_head = RPNHead(min(D, 512), anchors.num_anchors_per_location()[0])  # Ren et al. 2015: 512
-    rpn_head.conv = nn.Sequential(nn.Conv2d(D, min(D, 512), 3, padding=1), nn.ReLU())  # torchvision's keeps D
+    sizes = tuple(max(1, round(side * 2 ** n / 15)) for n in range(5))  # 32 to 512 at side 480
+    anchors = AnchorGenerator((sizes,), ((0.5, 1.0, 2.0),))
+    width = min(D, 512)  # Ren et al. 2015: 512; torchvision's keeps D
+    rpn_head = RPNHead(width, anchors.num_anchors_per_location()[0])
+    rpn_head.conv = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), nn.ReLU())
     nn.init.normal_(rpn_head.conv[0].weight, std=0.01)  # as the others in RPNHead
     nn.init.zeros_(rpn_head.conv[0].bias)
-    channels, cells = (D, 6) if tiny else (2048, 14)  # a ResNet's conv5, on 14x14 cells of a region
+    # a ResNet's conv5, on 14x14 cells of a region
+    channels, cells = (D, 6) if tiny else (2048, 14)
     # paper: Sec. 2.2, "scale-augmentation (Doersch et al., 2015)", who draw 150 to 450 thousand
     # pixels: of a 4:3 image with a short side of 480, 154 to 461. torchvision's detector draws one
     # of these short sides in training and takes the last at test time.
-    sides = [round(side * math.sqrt(area / 10)) for area in range(5, 16) if area != 10] + [side]
+    areas = [0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.0]
+    sides = [round(side * math.sqrt(area)) for area in areas]
     return FasterRCNN(
-        Trunk(encoder, bf16), min_size=sides, max_size=round(2.5 * side), image_mean=(0.0,) * 3, image_std=(1.0,) * 3,
+        Trunk(encoder, bf16), min_size=sides, max_size=round(2.5 * side),
+        image_mean=(0.0,) * 3, image_std=(1.0,) * 3,
         rpn_anchor_generator=anchors, rpn_head=rpn_head, rpn_post_nms_top_n_test=proposals,
         box_roi_pool=MultiScaleRoIAlign(["0"], cells, 2), box_head=Conv5(D, channels, bf16),
         box_predictor=FastRCNNPredictor(channels, classes + 1), box_batch_size_per_image=regions,
         box_score_thresh=0.01,  # ours: average precision wants the doubtful ones too
-        # torchvision's RoIAlign guesses the stride from its first images' sizes before padding: pad little
+        # torchvision's RoIAlign guesses the stride from sizes before padding: pad little
         size_divisible=encoder.stride)
 
 
-def prepare(images: list[Tensor], device: torch.device, color_drop: float = 0.0, seed: int = 0) -> list[Tensor]:
-    """uint8 [3, H, W] each, this process's share of a batch -> what the detector takes; colours dropped
-    over the whole image (Sec. 2.2), each under a seed of its own place in the batch."""
+# ---- Images with boxes ---------------------------------------------------------------------------
+
+
+class Objects(Dataset):
+    """Images with boxes. item: (PIL image or uint8 tensor, truth), with truth as `truth(index)` has
+    it; names: the images', as VOC's devkit wants them."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, dict]:
+        image, truth = self.image(index), self.truth(index)
+        size = v2.functional.get_size(image)
+        boxes = tv_tensors.BoundingBoxes(truth["boxes"], format="XYXY", canvas_size=size)
+        return image, truth | {"boxes": boxes}
+
+
+def make_truth(boxes: Tensor, labels: list[int], difficult: list[bool]) -> dict[str, Tensor]:
+    """boxes: float32 [n, 4], x1 y1 x2 y2 in pixels; labels: int64 [n], from 1; difficult: [n]."""
+    return {"boxes": boxes.view(-1, 4), "labels": torch.tensor(labels, dtype=torch.int64),
+            "difficult": torch.tensor(difficult, dtype=torch.bool)}
+
+
+class ShapesObjects(Objects):
+    """The embedded data set: every object of an image is of the image's class."""
+
+    def __init__(self, split: str, size: int):
+        self.shapes = data.Shapes(split, size)
+        self.classes = self.shapes.classes
+        # ours: 200 test images, 600 objects, tell a few points of mAP apart
+        count = len(self.shapes) if split == "train" else 200
+        self.names = [f"{i:05d}" for i in range(count)]
+
+    def image(self, index: int) -> Tensor:
+        return self.shapes[index][0]
+
+    def truth(self, index: int) -> dict[str, Tensor]:
+        boxes = self.shapes.boxes(index)
+        label = 1 + index % len(self.classes)
+        return make_truth(boxes, [label] * len(boxes), [False] * len(boxes))
+
+
+class VOCObjects(Objects):
+    """VOC 2007's list "trainval" or "test" below `root`. VOC counts pixels from 1 and its boxes
+    hold their last ones: (x1, y1, x2, y2) of its files is (x1 - 1, y1 - 1, x2, y2) here, so that
+    x2 - x1 is a width. Exits with one line if a file that the list names is missing or damaged."""
+
+    classes = FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # VOC's twenty, no background
+
+    def __init__(self, root: Path, which: str):
+        names = root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{which}.txt"
+        if not names.is_file():
+            raise SystemExit(f"no {names}: pass --data DIR with VOCdevkit/VOC2007 in it, or "
+                             f"--data shapes")
+        self.voc = datasets.VOCDetection(root, "2007", which)
+        missing = [path for path in self.voc.images if not os.path.isfile(path)]
+        if missing:
+            raise SystemExit(f"{len(missing)} images of VOC's {which} are missing: {missing[0]}")
+        self.names = [Path(path).stem for path in self.voc.images]
+        self.objects = [self._parse(path) for path in self.voc.annotations]  # all, before any work
+
+    def _parse(self, path: str) -> tuple[list, list, list]:
+        """Boxes, labels and difficult, as numbers: a worker is sent each tensor as a file."""
+        boxes, labels, difficult = [], [], []
+        try:
+            annotation = self.voc.parse_voc_xml(ElementTree.parse(path).getroot())["annotation"]
+            for thing in annotation.get("object", []):
+                corners = thing["bndbox"]
+                x1, y1, x2, y2 = (float(corners[k]) for k in ("xmin", "ymin", "xmax", "ymax"))
+                boxes.append((x1 - 1, y1 - 1, x2, y2))
+                labels.append(1 + self.classes.index(thing["name"]))
+                difficult.append(thing.get("difficult") == "1")
+        except (OSError, SyntaxError, LookupError, TypeError, ValueError) as error:
+            raise SystemExit(f"{path} is no annotation of VOC 2007: {type(error).__name__} {error}")
+        return boxes, labels, difficult
+
+    def image(self, index: int) -> Image.Image:
+        return data.read_image(self.voc.images[index])
+
+    def truth(self, index: int) -> dict[str, Tensor]:
+        boxes, labels, difficult = self.objects[index]
+        return make_truth(torch.tensor(boxes), labels, difficult)
+
+
+class Part(Objects):
+    """Some of the images of another set."""
+
+    def __init__(self, whole: Objects, indices: list[int]):
+        self.whole, self.indices, self.classes = whole, indices, whole.classes
+        self.names = [whole.names[i] for i in indices]
+
+    def image(self, index: int) -> Image.Image | Tensor:
+        return self.whole.image(self.indices[index])
+
+    def truth(self, index: int) -> dict[str, Tensor]:
+        return self.whole.truth(self.indices[index])
+
+
+def load_objects(name: str, split: str, size: int) -> Objects:
+    """Sec. 4.3. name: "shapes", of `size` pixels, "voc2007", downloaded, or a folder that holds
+    VOCdevkit/VOC2007; split: "train" (VOC's trainval) or "test"."""
+    if name == "shapes":
+        return ShapesObjects(split, size)
+    which = "trainval" if split == "train" else "test"
+    if name == "voc2007":
+        root = data.DOWNLOADS
+        data.download(name, lambda: datasets.VOCDetection(root, "2007", which, download=True))
+    return data.from_first(lambda: VOCObjects(root if name == "voc2007" else Path(name), which))
+
+
+def labels_of(item: tuple) -> tuple[Tensor, Tensor]:
+    """What SanitizeBoundingBoxes removes together with a box."""
+    return item[1]["labels"], item[1]["difficult"]
+
+
+def objects_transform(train: bool) -> v2.Compose:
+    """(image, truth) -> (uint8 tensor, truth): mirrored half the time. Scale and colours (Sec. 2.2)
+    are drawn on the device. ours: boxes of less than a pixel inside the image are left out."""
+    steps = []
+    if train:
+        steps = [v2.RandomHorizontalFlip(), v2.ClampBoundingBoxes(),
+                 v2.SanitizeBoundingBoxes(labels_getter=labels_of)]
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def collate(items: list[tuple]) -> tuple:
+    """A batch as (images, truths): images differ in size."""
+    return tuple(zip(*items))
+
+
+def prepare(images: list[Tensor], device: torch.device, color_drop: float = 0.0,
+            seed: int = 0) -> list[Tensor]:
+    """uint8 [3, H, W] each, this process's share of a batch -> what the detector takes; colours
+    dropped over the whole image (Sec. 2.2), each under a seed of its own place in the batch."""
     prepared = []
     for n, image in enumerate(images):
         x = data.normalise(image.to(device, non_blocking=True))
         if color_drop:
-            place = dist.get_rank() + n * dist.get_world_size()  # `TrainBatches` deals images out in turn
+            place = dist.get_rank() + n * dist.get_world_size()  # as TrainBatches deals them out
             own = torch.Generator(device).manual_seed(data.derive_seed(seed, place))
             dropped, keep = torch.rand(2, generator=own, device=device)
             noise = torch.randn(x.shape, generator=own, device=device)
@@ -131,329 +272,361 @@ def prepare(images: list[Tensor], device: torch.device, color_drop: float = 0.0,
     return prepared
 
 
-# ---- Average precision --------------------------------------------------------------------------
+# ---- Average precision ---------------------------------------------------------------------------
 
 
-def match(detections: list[dict], truths: list[dict]) -> dict[str, Tensor]:
-    """All images' detections, the best score first, each with the object of its class that it
-    overlaps most (VOC's rule): its `iou`, `object` (a number) and whether that is `difficult`.
+def average_precision(detections: list[dict], truths: list[dict], label: int,
+                      threshold: float = 0.5) -> float | None:
+    """VOC 2007's measure for one class: the mean, at the recalls 0, 0.1, ..., 1, of the best
+    precision at that recall or a higher one, in 0..1; None for a class without objects that count.
 
-    detections: boxes [n, 4], labels [n], scores [n] of each image; truths: boxes, labels, difficult."""
-    parts, first = [], 0
-    for found, truth in zip(detections, truths, strict=True):
-        overlap = box_iou(found["boxes"], truth["boxes"]) * (found["labels"][:, None] == truth["labels"])
-        iou, which = F.pad(overlap, (0, 1)).max(1)  # a last object that nothing overlaps
-        parts.append((found["scores"], found["labels"], iou, first + which, F.pad(truth["difficult"], (0, 1))[which]))
-        first += len(truth["boxes"]) + 1
-    columns = [torch.cat(column) for column in zip(*parts)]
-    order = columns[0].argsort(descending=True, stable=True)
-    return dict(zip(("scores", "labels", "iou", "object", "difficult"), (column[order] for column in columns)))
-
-
-def precision_recall(matched: dict[str, Tensor], label: int, positives: int, iou: float) -> tuple[Tensor, Tensor]:
-    """(recall, precision) of a class after each of its detections, float64; precision as the best at
-    this or any higher recall. The first detection of an object counts, every further one is a false
-    positive; one of a `difficult` object neither rewards nor punishes."""
-    mine, taken, hits = matched["labels"] == label, set(), []
-    for overlap, number, difficult in zip(*(matched[k][mine].tolist() for k in ("iou", "object", "difficult"))):
-        if overlap < iou:
-            hits.append(False)
-        elif not difficult:
-            hits.append(number not in taken)
-            taken.add(number)
-    hit = torch.tensor(hits, dtype=torch.bool)
-    true, false = hit.cumsum(0).double(), (~hit).cumsum(0)
-    return true / positives, (true / (true + false)).flip(0).cummax(0).values.flip(0)
-
-
-def interpolated(recall: Tensor, precision: Tensor, points: int) -> float:
-    """Mean precision at so many evenly spaced recalls: 11 for VOC 2007, 101 for COCO."""
-    wanted = torch.linspace(0, 1, points, dtype=torch.float64) - 1e-9
-    return F.pad(precision, (0, 1))[torch.searchsorted(recall, wanted)].mean().item()
-
-
-def area(recall: Tensor, precision: Tensor) -> float:
-    """The area under the curve, as VOC has it since 2010."""
-    return (precision * recall.diff(prepend=recall.new_zeros(1))).sum().item()
+    A detection is right if its IoU with the object of its class that it overlaps most is at least
+    `threshold`, and if no better one has found this object before. One of a `difficult` object
+    neither rewards nor punishes. detections: boxes [n, 4], labels [n], scores [n] of each image."""
+    ranked, positives = [], 0  # ranked: (score, IoU, object, whether that is difficult)
+    for image, (found, truth) in enumerate(zip(detections, truths, strict=True)):
+        mine, true = found["labels"] == label, truth["labels"] == label
+        difficult = truth["difficult"][true]
+        positives += int((~difficult).sum())
+        for score, ious in zip(found["scores"][mine].tolist(),
+                               box_iou(found["boxes"][mine], truth["boxes"][true])):
+            if len(ious):
+                n = int(ious.argmax())
+                ranked.append((score, float(ious[n]), (image, n), bool(difficult[n])))
+            else:
+                ranked.append((score, 0.0, None, False))
+    if not positives:
+        return None
+    ranked.sort(key=itemgetter(0), reverse=True)
+    hits, taken = [], set()
+    for _, iou, thing, is_difficult in ranked:
+        if iou < threshold:
+            hits.append(0)
+        elif not is_difficult:
+            hits.append(int(thing not in taken))
+            taken.add(thing)
+    true_positives = torch.tensor(hits, dtype=torch.float64).cumsum(0)
+    recall = true_positives / positives
+    precision = true_positives / torch.arange(1, len(hits) + 1)
+    best = [precision[recall >= tenth / 10 - 1e-9] for tenth in range(11)]
+    return sum(p.max().item() for p in best if len(p)) / 11
 
 
 def average_precisions(detections: list[dict], truths: list[dict], classes: list[str]) -> dict:
-    """Percent: `ap` of each class (VOC 2007: 11 points at IoU 0.5) and the mean `mAP`; `mAP_area`
-    (VOC 2010); `mAP_coco`, 101 points, the mean over IoU 0.5 to 0.95, with VOC's matching. A class
-    without objects that count has none."""
-    matched, ap, areas, cocos = match(detections, truths), {}, [], []
+    """In percent: `ap` of each class that has objects, and their mean, `mAP`."""
+    ap = {}
     for label, name in enumerate(classes, 1):
-        positives = sum(int(((t["labels"] == label) & ~t["difficult"]).sum()) for t in truths)
-        if positives:
-            curves = [precision_recall(matched, label, positives, 0.5 + 0.05 * n) for n in range(10)]
-            ap[name] = round(100 * interpolated(*curves[0], 11), 3)
-            areas.append(area(*curves[0]))
-            cocos.append(sum(interpolated(*curve, 101) for curve in curves) / 10)
-    mean = lambda values: round(sum(values) / max(1, len(values)), 3)
-    return {"mAP": mean(ap.values()), "mAP_area": mean([100 * v for v in areas]),
-            "mAP_coco": mean([100 * v for v in cocos]), "ap": ap}
+        value = average_precision(detections, truths, label)
+        if value is not None:
+            ap[name] = round(100 * value, 3)
+    return {"mAP": round(sum(ap.values()) / max(1, len(ap)), 3), "ap": ap}
 
 
-# ---- Training and testing -----------------------------------------------------------------------
-
-
-def collate(items: list[tuple]) -> tuple:
-    """A batch as (images, truths): images differ in size."""
-    return tuple(zip(*items))
-
-
-def fit(args, phase: str, model: FasterRCNN, objects, device: torch.device, run: Run, state: dict, key: str) -> None:
-    """Train `model` in place: `frozen`, all but the trunk, or `finetuned`, everything."""
-    frozen, rank = phase == "frozen", dist.get_rank()
-    model.backbone.frozen = frozen
-    model.backbone.requires_grad_(not frozen)
-    batch = min(args.batch_size, len(objects) // dist.get_world_size() * dist.get_world_size())
-    steps = math.ceil((args.epochs if frozen else args.finetune_epochs) * len(objects) / batch)
-    # paper: "then fine-tuned the entire model end-to-end"; ours: slower, but for what is still fresh
-    slow = dict(params=list(model.backbone.parameters()), lr=args.finetune_lr)
-    fast = dict(params=[*model.rpn.parameters(), *model.roi_heads.parameters()],
-                lr=args.lr if args.phase[0] == phase else args.finetune_lr)
-    optimizer = torch.optim.AdamW([fast] if frozen else [slow, fast], weight_decay=args.weight_decay)  # ours
-    start, totals = 0, torch.zeros(5, device=device)  # sums of torchvision's four losses, steps
-    if state.get("key") == key:
-        start = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        totals += state["totals"].to(device)
-    schedule = LambdaLR(optimizer, partial(learning_rate, steps=steps, peak=1.0, warmup=steps // 10), start - 1)
-    ddp = DistributedDataParallel(model)
-    stops = {math.ceil(steps * n / 10) for n in range(1, 11)}  # where a line is logged and the state saved
-    batches = data.TrainBatches(len(objects), batch, args.seed, start, steps)
-    loader = data.load_batches(objects, data.objects_transform(train=True), batches, device, args.workers, collate)
-    bar = tqdm(loader, desc=key, initial=start, total=steps, disable=not run.is_main, mininterval=1)
-    model.train()
-    for done, (images, truths) in enumerate(bar, start + 1):
-        seed = data.derive_seed(args.seed, phase, done)
-        # of the scale, and of the anchors and regions that torchvision draws, each process its own
-        torch.manual_seed(data.derive_seed(seed, rank))
-        targets = [{k: truth[k].as_subclass(Tensor).to(device) for k in ("boxes", "labels")} for truth in truths]
-        losses = ddp(prepare(images, device, args.color_drop, seed), targets)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)  # ours: a batch of bad boxes is survived
-        if not norm.isfinite():  # the same on every rank
-            loss, lr = float(sum(losses.values())), schedule.get_last_lr()[-1]
-            raise SystemExit(f"{key}: gradients are not finite at step {done}, loss {loss:.3g}, learning rate "
-                             f"{lr:.2e}: lower --lr; the last checkpoint is kept")
-        optimizer.step()
-        schedule.step()
-        totals += torch.stack([loss.detach() for loss in losses.values()] + [torch.ones((), device=device)])
-        caught, line = run.stop_signal(), {}
-        if caught or done in stops:
-            dist.all_reduce(totals.div_(dist.get_world_size()))  # from now on every rank's are the mean
-            if done in stops:
-                means = dict(zip(losses, (totals[:4] / totals[4]).tolist()))
-                totals.zero_()
-                bar.set_postfix_str(f"loss {sum(means.values()):.3f}", refresh=False)
-                line = dict(event="train", fit=key, step=done, steps=steps, loss=sum(means.values()), **means)
-            state.update(key=key, step=done, model=model.state_dict(), optimizer=optimizer.state_dict(), totals=totals)
-            run.save(state, **line)
-        if caught:
-            run.leave(caught)
+# ---- Training and testing ------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def detect_all(args, model: FasterRCNN, objects, device: torch.device, run: Run) -> list[dict]:
+def detect_all(model: FasterRCNN, objects: Objects, device: torch.device,
+               workers: int | None) -> list[dict]:
     """Every image's detections, from all processes, each image once: boxes in its own pixels."""
     model.eval()
     batches, world = data.TestBatches(len(objects), 1), dist.get_world_size()
-    loader = data.load_batches(objects, data.objects_transform(train=False), batches, device, args.workers, collate)
+    transform = objects_transform(train=False)
     found = []
-    bar = tqdm(loader, desc="test", total=len(batches.mine), disable=not run.is_main, mininterval=1)
-    for n, (images, _) in enumerate(bar):
-        found += [{k: v.cpu() for k, v in one.items()} for one in model(prepare(images, device))]
-        if n % 20 == 0 and n < len(objects) // world and (caught := run.stop_signal()):
-            run.leave(caught)  # `fit` has saved all there is
+    for images, _ in data.load_batches(objects, transform, batches, device, workers, collate):
+        (one,) = model(prepare(images, device))
+        found.append({k: v.cpu() for k, v in one.items()})
     shares = [None] * world
     dist.all_gather_object(shares, found)
     return [shares[i % world][i // world] for i in range(len(objects))]
 
 
-# ---- What is left behind ------------------------------------------------------------------------
+def mean_ap(model: FasterRCNN, objects: Objects, device: torch.device,
+            workers: int | None) -> float:
+    """mAP on some images, in percent."""
+    detections = detect_all(model, objects, device, workers)
+    truths = [objects.truth(i) for i in range(len(objects))]
+    return average_precisions(detections, truths, objects.classes)["mAP"]
 
 
-def write_voc(folder: Path, detections: list[dict], objects) -> None:
+def make_optimizer(args: Namespace, phase: str, model: FasterRCNN) -> torch.optim.Optimizer:
+    """AdamW (ours). paper: "then fine-tuned the entire model end-to-end"; Sec. 2.2: "a smaller
+    learning rate", but for heads that are still fresh, where fine-tuning is the only phase."""
+    heads = [*model.rpn.parameters(), *model.roi_heads.parameters()]
+    fresh = phase == args.phase[0]
+    groups = [dict(params=heads, lr=args.lr if fresh else args.finetune_lr)]
+    if phase == "finetuned":
+        groups.append(dict(params=list(model.backbone.parameters()), lr=args.finetune_lr))
+    for group in groups:
+        group["peak"] = group["lr"]
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+
+
+def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Objects, held_out: Objects,
+        device: torch.device, run: data.Run, state: dict, key: str,
+        start_map: float | None = None) -> float | None:
+    """Train `model` in place, `frozen`: all but the trunk, or `finetuned`: everything. Returns the
+    held-out mAP (None: no held-out images).
+
+    Held-out images are tested ten times along the way, and the best of these states is restored,
+    the first one too if its mAP is known (start_map): early stopping, as in eval.py."""
+    frozen = phase == "frozen"
+    model.backbone.frozen = frozen
+    model.backbone.requires_grad_(not frozen)
+    world = dist.get_world_size()
+    batch = min(args.batch_size, len(train_set) // world * world)
+    epochs = args.epochs if frozen else args.finetune_epochs
+    stop = math.ceil(epochs * len(train_set) / batch)
+    optimizer = make_optimizer(args, phase, model)
+    start, best, best_map = 0, None, -1.0
+    if start_map is not None:
+        best, best_map = copy.deepcopy(model.state_dict()), start_map
+    saved = state.get("fit", {})
+    if saved.get("key") == key:
+        start, best, best_map = state["step"], saved["best"], saved["best_map"]
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+
+    def position() -> dict:
+        fit = dict(key=key, model=model.state_dict(), optimizer=optimizer.state_dict(), best=best,
+                   best_map=best_map)
+        return state | {"fit": fit}
+
+    ddp, tests = DistributedDataParallel(model), {math.ceil(stop * n / 10) for n in range(1, 11)}
+    batches = data.TrainBatches(len(train_set), batch, args.seed, start, stop)
+    transform = objects_transform(train=True)
+    loader = data.load_batches(train_set, transform, batches, device, args.workers, collate)
+    model.train()
+    for step, (images, truths) in run.steps(loader, start, stop, batch, label=key,
+                                            due=tests.__contains__, state=position):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate(step, stop, 1.0, stop // 10)
+        seed = data.derive_seed(args.seed, phase, step + 1)
+        # of the scale, and of the anchors and regions that torchvision draws: each process its own
+        torch.manual_seed(data.derive_seed(seed, dist.get_rank()))
+        targets = [{k: truth[k].as_subclass(Tensor).to(device) for k in ("boxes", "labels")}
+                   for truth in truths]
+        losses = ddp(prepare(images, device, args.color_drop, seed), targets)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)  # ours: for a batch of bad boxes
+        optimizer.step()
+        run.tally(loss=sum(losses.values()), **losses, gradient_norm=norm)
+        if step + 1 in tests and len(held_out):
+            held_map = mean_ap(model, held_out, device, args.workers)
+            model.train()
+            run.note(held_out=held_map)
+            if held_map > best_map:
+                best, best_map = copy.deepcopy(model.state_dict()), held_map
+    if best:
+        model.load_state_dict(best)
+    return best_map if best else None
+
+
+def run_phases(args: Namespace, row: str, source: Source, sets: tuple[Objects, Objects, Objects],
+               sizes: dict, bf16: bool, device: torch.device, run: data.Run, state: dict) -> None:
+    """A row of the table: the phases of Sec. 4.3, one from the other's solution, each tested."""
+    train_set, held_out, test_set = sets
+    network = source.make(args.seed)
+    network.checkpointing = device.type == "cuda" and network.out_channels == 4096
+    torch.manual_seed(data.derive_seed(args.seed, "detector"))
+    model = build_detector(network, len(test_set.classes), **sizes, bf16=bf16)
+    model = model.to(device, memory_format=torch.channels_last)
+    before = None
+    for phase in args.phase:
+        key = f"{row}/{phase}"
+        if key in state["done"]:
+            before = state["done"][key]["held_out_map"]
+            if key in state["solution"]:
+                model.load_state_dict(state["solution"][key])
+            continue
+        began, weights = time.time(), copy.deepcopy(network.state_dict())
+        before = fit(args, phase, model, train_set, held_out, device, run, state, key, before)
+        if phase == "frozen":
+            assert_unchanged(network, weights)
+        detections = detect_all(model, test_set, device, args.workers)
+        truths = [test_set.truth(i) for i in range(len(test_set))]
+        result = dict(encoder=source.name, arch=source.arch, phase=phase, seed=args.seed,
+                      held_out_map=before, seconds=round(time.time() - began, 1),
+                      **average_precisions(detections, truths, test_set.classes))
+        if run.is_main:
+            write_voc(run.folder / key, detections, test_set)
+            save_picture(run.folder / key / "test.png", test_set, detections)
+            described = dict(kind="detector", arch=network.arch, classes=test_set.classes,
+                             norm=getattr(network, "norm", None), sizes=sizes,
+                             stem=getattr(network, "stem", None), state=model.state_dict())
+            save_file(described, run.folder / row / "model.pt")
+        state["done"][key] = result
+        last = phase == args.phase[-1]
+        state["solution"] = {} if last else {key: copy.deepcopy(model.state_dict())}
+        state.pop("fit", None)  # this training is over
+        run.log("result", **result)
+        run.save(state)
+
+
+# ---- What is left behind -------------------------------------------------------------------------
+
+
+def write_voc(folder: Path, detections: list[dict], objects: Objects) -> None:
     """A file for each class that VOC's devkit scores: image, score and corners, counted from 1."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = {name: [] for name in objects.classes}
     for name, found in zip(objects.names, detections):
-        for box, label, score in zip(*(found[k].tolist() for k in ("boxes", "labels", "scores"))):
-            corners = " ".join(f"{v:.2f}" for v in (box[0] + 1, box[1] + 1, box[2], box[3]))
+        columns = (found[k].tolist() for k in ("boxes", "labels", "scores"))
+        for (x1, y1, x2, y2), label, score in zip(*columns):
+            corners = f"{x1 + 1:.2f} {y1 + 1:.2f} {x2:.2f} {y2:.2f}"
             lines[objects.classes[label - 1]].append(f"{name} {score:.6f} {corners}\n")
     for name, found in lines.items():
         (folder / f"comp4_det_test_{name.replace(' ', '_')}.txt").write_text("".join(found))
 
 
-def draw(image: Tensor, found: dict, classes: list[str], truth: dict | None = None, score: float = 0.5) -> Tensor:
+def draw(image: Tensor, found: dict, classes: list[str], truth: dict | None = None,
+         score: float = 0.5) -> Tensor:
     """uint8 [3, H, W], enlarged if small: detections red, with class and score, the truth green."""
     scale = max(1, 256 // min(image.shape[1:]))
     image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     if truth is not None and len(truth["boxes"]):
         image = draw_bounding_boxes(image, truth["boxes"] * scale, colors="lime", width=1)
-    sure = {k: v[found["scores"] >= score] for k, v in found.items()}
-    names = [f"{classes[y - 1]} {s:.2f}" for y, s in zip(sure["labels"].tolist(), sure["scores"].tolist())]
-    return draw_bounding_boxes(image, sure["boxes"] * scale, names, colors="red", width=2) if names else image
+    sure = found["scores"] >= score
+    names = [f"{classes[label - 1]} {s:.2f}" for label, s in
+             zip(found["labels"][sure].tolist(), found["scores"][sure].tolist())]
+    if not names:
+        return image
+    return draw_bounding_boxes(image, found["boxes"][sure] * scale, names, colors="red", width=2)
 
 
-def save_picture(path: Path, objects, detections: list[dict], images: int = 12) -> None:
+def save_picture(path: Path, objects: Objects, detections: list[dict], images: int = 12) -> None:
     """The first test images, with what was found and what is there."""
-    transform, shown = data.objects_transform(train=False), []
+    transform, shown = objects_transform(train=False), []
     for i in range(min(images, len(objects))):
-        shown.append(draw(transform(*objects[i])[0], detections[i], objects.classes, objects.truth(i), score=0.2))
+        image, _ = transform(*objects[i])
+        shown.append(draw(image, detections[i], objects.classes, objects.truth(i), score=0.2))
     H, W = (max(image.shape[side] for image in shown) for side in (1, 2))
-    shown = [F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1]), value=255) for image in shown]
+    shown = [F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1]), value=255)
+             for image in shown]
     save_image(make_grid(shown, nrow=4, pad_value=255) / 255, path)
 
 
 def print_table(results: dict[str, dict], classes: list[str]) -> None:
     """A column for each encoder and phase, a row for each class."""
-    heads, results = list(results), list(results.values())
-    width = max(map(len, heads)) + 2
-    row = lambda name, cells: print(f"{name:20}" + "".join(f"{c:>{width}}" for c in cells))
-    print()
-    row("AP %", heads)
+    width = max(map(len, results)) + 2
+
+    def print_row(name: str, cells: list) -> None:
+        print(f"{name:20}" + "".join(f"{cell:>{width}}" for cell in cells))
+
+    print_row("\nAP %", list(results))
     for name in classes:
-        row(name, [f"{r['ap'][name]:.1f}" if name in r["ap"] else "-" for r in results])
-    for key, name in (("mAP", "mAP (VOC 2007)"), ("mAP_area", "mAP (area)"), ("mAP_coco", "mAP (COCO-style)")):
-        row(name, [f"{r[key]:.1f}" for r in results])
+        values = [result["ap"].get(name) for result in results.values()]
+        print_row(name, ["-" if v is None else f"{v:.1f}" for v in values])
+    print_row("mAP (VOC 2007)", [f"{result['mAP']:.1f}" for result in results.values()])
 
 
-def detect_one(args) -> None:
+def detect_one(args: Namespace) -> None:
     """`--detect`: draw what the run in --out finds in one picture, into that run's folder."""
-    saved = load_file(Path(args.out) / "model.pt", "detector")
-    encoder = TorchvisionGrid(saved["arch"], None, LAYERS) if saved["norm"] is None else Encoder(
-        saved["arch"], saved["norm"], saved["stem"])
-    model = build_detector(encoder, len(saved["classes"]), **saved["sizes"])
+    models = sorted(Path(args.out).glob("*/model.pt"))
+    if not models:
+        raise SystemExit(f"no detector in {args.out}: run detect.py first, or pass --out")
+    saved = load_file(models[0], "detector")
+    if saved["norm"] is None:
+        encoder = TorchvisionResNet(saved["arch"], None, "layer3")
+    else:
+        encoder = Encoder(saved["arch"], saved["norm"], saved["stem"])
+    model = build_detector(encoder, len(saved["classes"]), **saved["sizes"]).eval()
     model.load_state_dict(saved["state"])
     try:
-        image = data.objects_transform(train=False)(data.read_image(args.detect, upright=True))
-    except data.Unreadable as error:
-        raise SystemExit(str(error))
-    if max(image.shape[1:]) > 100 * min(image.shape[1:]):  # resized, nothing would be left of the shorter side
-        raise SystemExit(f"{args.detect}: {image.shape[2]} x {image.shape[1]} pixels are too narrow for a detector")
+        picture = ImageOps.exif_transpose(Image.open(args.detect)).convert("RGB")
+    except OSError as error:
+        raise SystemExit(f"cannot read {args.detect}: {error}")
+    image = v2.functional.pil_to_tensor(picture)
     with torch.no_grad():
-        found = model.eval()(prepare([image], torch.device("cpu")))[0]
-    for box, label, score in zip(*(found[k].tolist() for k in ("boxes", "labels", "scores"))):
+        (found,) = model(prepare([image], torch.device("cpu")))
+    columns = (found[k].tolist() for k in ("boxes", "labels", "scores"))
+    for box, label, score in zip(*columns):
         if score >= 0.5:
-            print(f"{saved['classes'][label - 1]:16} {score:.2f}   {' '.join(f'{v:.0f}' for v in box)}")
-    if not (found["scores"] >= 0.5).any():
-        print("nothing that scores 0.5 or more")
-    stem, n = f"detected-{Path(args.detect).stem}", 2
-    path = Path(args.out) / f"{stem}.png"
-    while path.exists():
-        path, n = path.with_name(f"{stem}-{n}.png"), n + 1
+            corners = " ".join(f"{v:.0f}" for v in box)
+            print(f"{saved['classes'][label - 1]:16} {score:.2f}   {corners}")
+    path = Path(args.out) / f"detected-{Path(args.detect).stem}.png"
     save_image(draw(image, found, saved["classes"]) / 255, path)
-    print(f"wrote {path}")
+    print(f"wrote {path}: {int((found['scores'] >= 0.5).sum())} objects that score 0.5 or more")
 
 
-# ---- Command line -------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 # ours: on shapes, minutes on a CPU
-TINY = dict(tiny=True, data="shapes", side=64, proposals=50, regions=16, batch_size=4, epochs=0.12,
-            finetune_epochs=0.06, lr=3e-3, finetune_lr=3e-4)
+TINY = dict(data="shapes", side=64, proposals=50, regions=16, batch_size=4, epochs=0.12,
+            finetune_epochs=0.06, lr=3e-3, finetune_lr=3e-4, held_out=0.01)
 
 
-def parse_args(argv: list[str] | None = None):
-    """The command line, checked. Returns (args, encoders)."""
-    parser = Parser(__doc__, out="runs/detect", data="folder that holds VOCdevkit/VOC2007 (default: voc); or voc2007 "
-                    "(downloaded), shapes (made)")
-    add = parser.add_argument
-    add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help="what cpc.py wrote; random: the "
-        "same network untrained; torchvision:MODEL[:WEIGHTS]: a ResNet's conv1 to conv4")
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The command line, checked; `sources` in it are the encoders."""
+    parser = data.Parser(__doc__, out="runs/detect")
+    add, epochs, rate = parser.add_argument, number(1e-3, 1e6), number(1e-12, 1e3)
+    add("--data", default="voc", help="folder that holds VOCdevkit/VOC2007; or voc2007 "
+        "(downloaded), shapes (made)")
+    add("--tiny", action="store_true", help="the CPU scale, on shapes: a narrow conv5")
+    add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help="what cpc.py "
+        "wrote; random: the same network untrained; torchvision:resnet50[:WEIGHTS]")
     add("--phase", nargs="+", choices=("frozen", "finetuned"), default=["frozen", "finetuned"],
-        help="trunk fixed, or everything trained: from the frozen solution, or alone from the encoder")  # paper: both
-    add("--detect", metavar="IMAGE", help="draw what the run in --out finds in a picture, train nothing")
+        help="trunk fixed, or everything trained, from the frozen solution or alone")  # paper: both
+    add("--detect", metavar="IMAGE", help="draw what the run in --out finds, train nothing")
     # Sec. 2.2: color-dropping and scale-augmentation, which is around --side
-    add("--side", type=int, default=480,
-        help="shorter side of test images, pixels; in training half to 1.5 of the area")
-    add("--color-drop", type=float, default=0.5, help="probability for an image")  # ours: not stated
-    add("--proposals", type=int, default=300, help="regions of a test image")  # Ren et al. 2015
-    add("--regions", type=int, default=128, help="of a training image")  # Girshick 2015
+    add("--side", type=number(32, 1e4, int), default=480, help="shorter side of test images, "
+        "pixels; in training half to 1.5 of the area")
+    add("--color-drop", type=number(0, 1), default=0.5, help="probability for an image")  # ours
+    add("--proposals", type=number(1, 1e4, int), default=300, help="of a test image")  # Ren 2015
+    add("--regions", type=number(4, 1e4, int), default=128, help="of a training image")  # Girshick
     # ours: the paper states nothing of the optimisation
-    add("--epochs", type=float, default=30, help="with the trunk frozen")
-    add("--finetune-epochs", type=float, default=30, help="of everything")
-    add("--batch-size", type=int, default=16, help="images of all processes together")
-    add("--lr", type=float, default=2e-4, help="peak learning rate of AdamW")
-    add("--finetune-lr", type=float, default=2e-5, help="and for everything")
-    add("--weight-decay", type=float, default=1e-4, help="of all weights")
+    add("--held-out", type=number(0, 0.5), default=0.1, help="share of the training images to stop "
+        "by; 0 for a fixed schedule")
+    add("--epochs", type=epochs, default=30, help="with the trunk frozen")
+    add("--finetune-epochs", type=epochs, default=30, help="of everything")
+    add("--batch-size", type=number(1, 1e9, int), default=16, help="images of all processes")
+    add("--lr", type=rate, default=2e-4, help="peak learning rate of AdamW")
+    add("--finetune-lr", type=rate, default=2e-5, help="and for everything")
+    add("--weight-decay", type=number(0, 1), default=1e-4, help="of all weights")
 
-    early = parser.parse_known_args(argv)[0]
-    encoders = [] if early.detect is not None else find_encoders(parser, early.encoder, LAYERS)
-    first = next((e.file for e in encoders if e.file), None)
-    if early.tiny or first and first["arch"] in ("tiny", "small"):
-        parser.set_defaults_checked(TINY)
+    early, _ = parser.parse_known_args(argv)
+    sources = [] if early.detect else find_encoders(early.encoder, "layer3")
+    file = next((source.file for source in sources if source.file), None)
+    if early.tiny or file and file["trained"].get("data") == "shapes":
+        parser.set_defaults(tiny=True, **TINY)
     args = parser.parse_args(argv)
-    args.data = "voc" if args.data is None else args.data
-    args.phase = [p for p in ("frozen", "finetuned") if p in args.phase]
-    parser.check_ranges(args, dict(
-        side=(32, 1e4), color_drop=(0, 1), proposals=(1, 1e4), regions=(4, 1e4), epochs=(1e-3, 1e6),
-        finetune_epochs=(1e-3, 1e6), lr=(1e-12, 1e3), finetune_lr=(1e-12, 1e3), weight_decay=(0, 1)))
-    return args, encoders
+    args.sources = sources
+    args.phase = [phase for phase in ("frozen", "finetuned") if phase in args.phase]
+    return args
 
 
-def main(args, encoders) -> None:
+def main(args: Namespace) -> None:
     """Every encoder and phase: a result line each, and a table."""
-    if args.detect is not None:
-        return detect_one(args)
+    sources = vars(args).pop("sources")
     device = data.start_process()
+    if args.detect:
+        return detect_one(args)
+    data.check_batch(args.batch_size)
     torch.backends.cudnn.benchmark = False  # images and batches differ in size
     bf16 = data.has_bf16(device) if args.bf16 is None else args.bf16
-    train_set, test_set = (data.load_objects(args.data, split, args.side) for split in ("train", "test"))
+    whole, test_set = (load_objects(args.data, split, args.side) for split in ("train", "test"))
+    chosen, held = data.label_subset([0] * len(whole), 1.0, args.seed, args.held_out)
+    train_set, held_out = Part(whole, chosen), Part(whole, held)
     if len(train_set) < dist.get_world_size():
         raise SystemExit(f"{args.data} has {len(train_set)} training images, fewer than processes")
-    truths = [test_set.truth(i) for i in range(len(test_set))]
-    run = Run(args, images_sha256=data.fingerprint(train_set, test_set), bf16=bf16,
-              encoder_sha256=[e.sha256 for e in encoders])
-    state = run.start(images=len(train_set), classes=train_set.classes) or {"done": {}, "solution": {}}
-    sizes = dict(side=args.side, tiny=args.tiny, proposals=args.proposals, regions=args.regions)
+    files = [name for name in args.encoder if os.path.isfile(name)]
+    run = data.Run(args, images=[len(whole), whole.names[0], whole.names[-1]], bf16=bf16,
+                   processes=dist.get_world_size(), encoders=list(map(data.file_digest, files)))
+    state = run.state or {"done": {}, "solution": {}}
     if run.is_main:
-        print(f"{len(train_set)} training and {len(test_set)} test images, {len(train_set.classes)} classes, shorter "
-              f"side {args.side}{', tiny scale' if args.tiny else ''}; {args.batch_size} images a step on "
-              f"{dist.get_world_size()} x {device.type} in {'bfloat16' if bf16 else 'float32'}")
-    names = [encoder.name for encoder in encoders]
-    for n, encoder in enumerate(encoders):
-        row = encoder.name if names.count(encoder.name) == 1 else f"{encoder.name}-{n}"
-        network = encoder.make(args.seed)
-        torch.manual_seed(data.derive_seed(args.seed, "detector"))
-        model = build_detector(network, len(train_set.classes), **sizes, bf16=bf16)
-        network.checkpointing = device.type == "cuda" and network.out_channels == 4096  # as in pre-training
-        model = model.to(device, memory_format=torch.channels_last)
-        for phase in args.phase:
-            key = f"{row}/{phase}"
-            if key in state["done"]:
-                if key in state["solution"]:
-                    model.load_state_dict(state["solution"][key])
-                continue
-            before, clock = copy.deepcopy(network.state_dict()) if phase == "frozen" else None, time.time()
-            fit(args, phase, model, train_set, device, run, state, key)
-            if phase == "frozen":
-                assert_unchanged(network, before)
-            detections = detect_all(args, model, test_set, device, run)
-            seconds = round(time.time() - clock, 1)
-            result = dict(encoder=encoder.name, arch=encoder.arch, phase=phase, seed=args.seed, seconds=seconds,
-                          **average_precisions(detections, truths, test_set.classes))
-            if run.is_main:
-                write_voc(run.folder / key, detections, test_set)
-                save_picture(run.folder / key / "test.png", test_set, detections)
-                if n == 0:
-                    described = dict(arch=network.arch, norm=getattr(network, "norm", None),
-                                     stem=getattr(network, "stem", None), sizes=sizes, classes=test_set.classes,
-                                     trained=vars(args))
-                    atomic_save({"kind": "detector", "format": FORMAT, **described, "state": model.state_dict()},
-                                run.folder / "model.pt")
-            done = state["done"] | {key: result}
-            state.clear()
-            # where the next phase starts; not a copy: once fine-tuning has moved the model, `fit` keeps what counts
-            state.update(done=done, solution={key: model.state_dict()} if phase != args.phase[-1] else {})
-            run.save(state, "result", **result)
+        print(f"{len(train_set)} training, {len(held_out)} held-out and {len(test_set)} test "
+              f"images, {len(whole.classes)} classes, shorter side {args.side}; {args.batch_size} "
+              f"images a step on {dist.get_world_size()} x {device.type}")
+    sizes = dict(side=args.side, tiny=args.tiny, proposals=args.proposals, regions=args.regions)
+    names = [source.name for source in sources]
+    for n, source in enumerate(sources):
+        row = source.name if names.count(source.name) == 1 else f"{source.name}-{n}"
+        run_phases(args, row, source, (train_set, held_out, test_set), sizes, bf16, device, run,
+                   state)
     if run.is_main:
         print_table(state["done"], test_set.classes)
 
 
 if __name__ == "__main__":
-    one_line(parse_args, main)
+    data.run_script(parse_args, main)
