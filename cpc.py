@@ -19,6 +19,7 @@ P patch side.
 import copy
 import math
 import resource
+import statistics
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
@@ -319,25 +320,23 @@ def save_retrieval(model: CPC, dataset, args: Namespace, device: torch.device, p
 # ---- Benchmark -----------------------------------------------------------------------------------
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, after everything that the device has been asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimizer,
               bf16: bool) -> None:
-    """`--benchmark N`: the data path alone, N whole steps on one prepared batch, then N steps taken
-    apart, without what several processes exchange. Prints on rank 0; nothing is written."""
+    """`--benchmark N`: the data path alone, then N whole steps on one prepared batch. Prints on
+    rank 0; nothing is written."""
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     N, local = args.benchmark, args.batch_size // dist.get_world_size()
     model.train()
     batches = data.TrainBatches(len(dataset), args.batch_size, args.seed, 0, N + 2)
-    begin = clock(device)  # the start of the workers included: what they prefetch is not free
     transform = image_transform(args)
+    begin = now()  # the start of the workers included: what they prefetch is not free
     for images, _ in data.load_batches(dataset, transform, batches, device, args.workers):
         pass  # keeps the last
-    loading = (clock(device) - begin) / (N + 2)
+    loading = (now() - begin) / (N + 2)
 
     images = images.to(device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -346,46 +345,26 @@ def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimi
     if args.compile:
         model.encoder.compile_blocks()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    times, patching = [], 0.0
     for n in range(N + 2):
-        if n == 2:  # the first two find their way
-            begin = clock(device)
-        update(ddp, optimizer, make_patches(images, args, device, n), args.clip, bf16)
-    whole = (clock(device) - begin) / N
-
-    names = ("patches", "encoder", "context and loss", "backward", "optimizer")
-    parts = torch.zeros(len(names))
-    for n in range(N):
-        times = [clock(device)]
+        begin = now()
         patches = make_patches(images, args, device, n)
-        times.append(clock(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            latents = model.encoder.grid(patches)
-            times.append(clock(device))
-            loss, _ = model.contrast(latents)
-        times.append(clock(device))
-        optimizer.zero_grad()
-        loss.backward()
-        times.append(clock(device))
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-        optimizer.step()
-        times.append(clock(device))
-        parts += torch.tensor(times).diff() / N
+        patching = now() - begin
+        update(ddp, optimizer, patches, args.clip, bf16)
+        times.append(now() - begin)
+    step = statistics.median(times[2:])  # the first two find their way
     if dist.get_rank() == 0:
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
         else:
             kilobyte = 1 if sys.platform == "darwin" else 1024
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
-        speed = args.batch_size / whole
-        print(f"step      {1e3 * whole:9.1f} ms   {speed:.1f} images/s on all ranks")
-        rate = flop * local / whole
-        print(f"model     {flop / 1e9:9.2f} GFLOP an image   {rate / 1e9:.0f} GFLOP/s a rank")
-        print(f"memory    {peak / 2**30:9.2f} GiB at the peak")
-        speed = args.batch_size / loading
-        print(f"data      {1e3 * loading:9.1f} ms   {speed:.1f} images/s, alone")
-        for name, seconds in zip(names, parts.tolist()):
-            share = 100 * seconds / sum(parts.tolist())
-            print(f"  {name:18} {1e3 * seconds:9.1f} ms   {share:.0f} %")
+        rate = flop * local / step / 1e9
+        print(f"step     {1e3 * step:9.1f} ms   {args.batch_size / step:.1f} images/s on all ranks")
+        print(f"model    {flop / 1e9:9.2f} GFLOP an image   {rate:.0f} GFLOP/s a rank")
+        print(f"memory   {peak / 2**30:9.2f} GiB at the peak")
+        print(f"patches  {1e3 * patching:9.1f} ms   of the step")
+        print(f"data     {1e3 * loading:9.1f} ms   {args.batch_size / loading:.1f} images/s, alone")
 
 
 # ---- Command line --------------------------------------------------------------------------------

@@ -266,7 +266,7 @@ def build_classifier(cell: Cell, dropout: float) -> Classifier:
     elif cell.args.head == "linear":
         head = LinearProbe(channels, cell.classes)
     else:
-        size = (channels, channels // 4) if cell.args.tiny else (4096, 1024)  # paper: the second
+        size = (channels, channels // 4) if cell.args.narrow else (4096, 1024)  # paper: the second
         head = resnet_head(channels, cell.classes, dropout, *size)
     model = Classifier(encoder, head, frozen=not row.supervised)
     return model.to(cell.device, memory_format=torch.channels_last)
@@ -480,7 +480,7 @@ def print_tables(results: list[dict], classes: int, test_images: int) -> None:
 
 # ---- Command line --------------------------------------------------------------------------------
 
-# What a flag is when it is not given, by head ("none": as resnet's).
+# What a flag is when it is not given, by head ("none": as resnet's). --help calls SMALL "small".
 DEFAULTS = {
     # paper: A.3, Adam 5e-4 and 512 images; ours: the epochs, which are not stated
     "linear": dict(epochs=30, min_steps=0, batch_size=512, lr=5e-4, weight_decay=0.0, held_out=0.0,
@@ -489,8 +489,14 @@ DEFAULTS = {
     "resnet": dict(epochs=50, min_steps=10_000, batch_size=512, lr=0.1, weight_decay=1e-4,
                    held_out=0.02, distort=True, finetune_epochs=50, finetune_lr=1e-4),
 }
-TINY_ENCODERS = ("tiny", "small")
-# ours: with an encoder of a million parameters or less, a few hundred steps must do
+# ours: with an encoder of a million parameters or less, a few hundred steps
+SMALL_ENCODERS = ("tiny", "small")
+SMALL = {
+    "linear": dict(epochs=10, batch_size=64, lr=5e-3),
+    "resnet": dict(epochs=5, min_steps=450, batch_size=32, held_out=0.05, finetune_epochs=5,
+                   finetune_lr=1e-3),
+}
+# ours: and on the embedded data set, where the whole of ./run.sh takes minutes
 TINY = {
     "linear": dict(epochs=3, batch_size=64, lr=5e-3),
     "resnet": dict(epochs=1, min_steps=60, batch_size=64, held_out=0.05, finetune_epochs=0.5,
@@ -507,7 +513,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = data.Parser(__doc__, out="runs/eval")
     add, share = parser.add_argument, number(0, 1)
     add("--data", help=parser.DATA + " (default: the encoder's)")
-    add("--tiny", action="store_true", help="the CPU scale (default: with a tiny or small encoder)")
+    add("--tiny", action="store_true", help="the CPU scale, on shapes (default: with an encoder "
+        "of it)")
     add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help="what cpc.py "
         "wrote; random: the same network untrained; torchvision:resnet50[:WEIGHTS]")
     add("--head", choices=("linear", "resnet", "none"), help="on the latents; none: the supervised "
@@ -519,22 +526,23 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "resnet101, resnet152 (default), ..., with :STEM for another stem; from scratch as CPC's "
         "encoder (Sec. 4.1): patched, with batch norm, or patched-none")
     add("--held-out", type=number(0, 0.5), help="share of the training images, or of those that "
-        "--subset leaves, to stop and select by; 0 for a fixed schedule (default: 0.02, tiny 0.05, "
-        "linear probe 0)")
+        "--subset leaves, to stop and select by; 0 for a fixed schedule (default: 0.02, small "
+        "0.05, linear probe 0)")
     add("--sweep", type=number(0, 1e6, int), default=0, metavar="N", help="recipes tried for each "
         "row and share")  # paper: A.4
     add("--seeds", type=number(1, 1e6, int), default=1, help="runs, each with its own labels")
     # the recipe: ours, but for A.4's learning rates and for the linear probe's
-    add("--epochs", type=number(1e-3, 1e6), help="over the labelled images (default: 50, linear "
-        "probe 30; tiny: 1 and 3)")
-    add("--finetune-epochs", type=number(1e-3, 1e6), help="of fine-tuning (default: 50, tiny 0.5)")
+    add("--epochs", type=number(1e-3, 1e6), help="over the labelled images (default: 50, small 5; "
+        "linear probe 30, small 10)")
+    add("--finetune-epochs", type=number(1e-3, 1e6), help="of fine-tuning (default: 50, small 5)")
     add("--min-steps", type=number(0, 1e9), help="at least, for few labels; for --finetune-epochs "
-        "in proportion (default: 10000, linear probe 0; tiny 60)")
-    add("--batch-size", type=number(1, 1e9, int), help="of all processes (default: 512, tiny 64)")
+        "in proportion (default: 10000, small 450; linear probe 0)")
+    add("--batch-size", type=number(1, 1e9, int), help="of all processes (default: 512, small 32; "
+        "linear probe, small 64)")
     add("--lr", type=number(1e-12, 1e3), help="peak learning rate of SGD (default: 0.1); linear "
-        "probe: of Adam (5e-4; tiny: 5e-3)")
+        "probe: of Adam (5e-4, small 5e-3)")
     add("--finetune-lr", type=number(1e-12, 1e3), help="peak learning rate of fine-tuning, of "
-        "AdamW (default: 1e-4, tiny 3e-4)")
+        "AdamW (default: 1e-4, small 1e-3)")
     add("--weight-decay", type=share, help="of all weights (default: 1e-4, linear probe 0)")
     add("--dropout", type=number(0, 0.99), default=0.2, help="before the last layer")
     # Sec. 2.2, A.4: Inception preprocessing and color-dropping
@@ -555,15 +563,18 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         args.encoder = []  # pixels alone: whether an encoder was trained here changes nothing
     args.sources = find_encoders(args.encoder)
     file = next((source.file for source in args.sources if source.file), None)
-    args.tiny = args.tiny or bool(file) and file["arch"] in TINY_ENCODERS
     kind = "linear" if args.head == "linear" else "resnet"
-    defaults = DEFAULTS[kind] | (TINY[kind] if args.tiny else {})
-    defaults |= dict(data="shapes" if args.tiny else "imagenet", crop=32 if args.tiny else 240,
-                     min_area=0.08, color_drop=0.5, labels=[1.0])
+    defaults = dict(data="imagenet", crop=240, min_area=0.08, color_drop=0.5, labels=[1.0])
+    defaults |= DEFAULTS[kind]
     if file:
         trained = file["trained"]
         defaults |= {name: trained[name] for name in ("data", "min_area", "color_drop")}
-        defaults["crop"] = file["crop"]
+        defaults |= dict(crop=file["crop"], **SMALL[kind] if file["arch"] in SMALL_ENCODERS else {})
+        args.tiny = args.tiny or trained["data"] == "shapes"
+    if args.tiny:
+        defaults |= dict(data="shapes", **TINY[kind])
+        defaults["crop"] = file["crop"] if file else 32
+    args.narrow = args.tiny or bool(file) and file["arch"] in SMALL_ENCODERS
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
