@@ -188,11 +188,12 @@ class Encoder(nn.Module):
         latents = self(channels_last.permute(0, 3, 1, 2))  # [B*G*G, D]
         return latents.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)  # [B, D, G, G]
 
-    def compile_blocks(self) -> None:
-        """torch.compile each block: blocks of the same shape share a graph, and each of them can
-        still be recomputed on its own."""
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """torch.compile each block: all of the same shape share a graph (six for ResNet-161's 53),
+        and each can still be recomputed on its own."""
+        torch._dynamo.config.recompile_limit = 64  # of graphs: torch's 8 are few beside other sizes
         for block in self.blocks:
-            block.compile()
+            block.compile(backend=backend)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
