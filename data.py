@@ -674,9 +674,11 @@ class Run:
                 raise SystemExit(f"only the first process finds {path}: --out must be a folder "
                                  f"that all nodes share")
             saved = load_file(path, "checkpoint")
+            self._compare(saved["identity"])
             self.state, self.count = saved["state"], saved["count"]
-            if self.is_main:  # the sums of all processes are in the first one's
-                self.lines, self.sums = saved["log"], saved["sums"]
+            if self.is_main:  # a mean over processes, of which this one now has all
+                self.lines = saved["log"]
+                self.sums = {k: v * dist.get_world_size() for k, v in saved["sums"].items()}
         if self.is_main:
             self._rewrite_log()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -687,7 +689,7 @@ class Run:
                  time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
     def _open(self) -> bool:
-        """Take the folder, on the first process: whether there is a checkpoint of this very run."""
+        """Take the folder, on the first process: whether there is a checkpoint in it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.folder / "log.jsonl", "a+")
@@ -696,9 +698,7 @@ class Run:
             raise SystemExit(f"another run is writing to {self.folder}: pass another --out")
         except OSError as error:
             raise SystemExit(f"cannot use --out {self.folder}: {error.strerror}")
-        path = self.folder / "checkpoint.pt"
-        if path.exists():
-            self._compare(load_file(path, "checkpoint")["identity"])
+        if (self.folder / "checkpoint.pt").exists():
             return True
         products = [name for name in ("encoder.pt", "model.pt") if (self.folder / name).exists()]
         self.file.seek(0)
@@ -714,7 +714,8 @@ class Run:
         for key, now in self.identity.items():
             if before.get(key) != now:
                 raise SystemExit(f"{self.folder} holds a run with {key.replace('_', '-')} "
-                                 f"{before.get(key)}, not {now}: use the same, or another --out")
+                                 f"{before.get(key)}, not {now}: use the same, or another --out"
+                                 if self.is_main else 1)
 
     def _rewrite_log(self) -> None:
         self.file.seek(0)
@@ -750,12 +751,13 @@ class Run:
         self.notes |= fields
 
     def _reduced(self) -> dict[str, Tensor]:
-        """The sums over all processes, of copies: a save never changes what is logged. Raises
+        """The sums' mean over processes, of copies: a save never changes what is logged. Raises
         FloatingPointError if one is not finite: then nothing is saved."""
         if not self.count:
             return {}
         values = torch.stack(list(self.sums.values()))
         dist.all_reduce(values)
+        values /= dist.get_world_size()
         if not values.isfinite().all():
             means = {k: v.item() / self.count for k, v in self.sums.items()}
             raise FloatingPointError(f"not finite: {means}, {self.notes}: lower --lr; the last "
@@ -793,11 +795,11 @@ class Run:
                     self._leave(caught)
         finally:
             bar.close()
-            self.training = False
+            self.sums, self.count, self.training = {}, 0, False
 
     def _log_means(self, label: str, done: int, images: int) -> None:
-        tallied, seconds = self.count * dist.get_world_size(), time.monotonic() - self.clock
-        means = {k: float(f"{v.item() / tallied:.7g}") for k, v in self._reduced().items()}
+        seconds = time.monotonic() - self.clock
+        means = {k: float(f"{v.item() / self.count:.7g}") for k, v in self._reduced().items()}
         speed = (done - self.clock_step) * images / seconds
         self.log("train", fit=label, step=done, **means, **self.notes, seconds=round(seconds, 3),
                  images_per_second=round(speed, 1))

@@ -367,6 +367,7 @@ def choose_recipe(cell: Cell, recipe: dict, trials: int, run: data.Run, state: d
             except FloatingPointError:
                 top1 = -1.0
             state["done"][key] = dict(held_out_top1=top1, recipe=trial)
+            state.pop("fit", None)  # this training is over
             run.log("trial", fit=key, held_out_top1=top1, recipe=trial)
             run.save(state)
         scores.append(state["done"][key]["held_out_top1"])

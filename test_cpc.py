@@ -1181,6 +1181,8 @@ def test_what_is_not_finite_is_never_saved(tmp_path):
         with pytest.raises(FloatingPointError, match="not finite.*lower --lr; the last checkpoint"):
             steps_of(run, values)
     assert make_run(tmp_path).state["step"] == 4 and len(events(tmp_path, "train")) == 1
+    run.save({"step": 5})  # a sweep goes on after a trial that diverged
+    assert make_run(tmp_path).state["step"] == 5
 
 
 def test_checkpoints_come_by_the_clock_too(tmp_path):
