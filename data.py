@@ -740,10 +740,10 @@ class Run:
 
     def tally(self, **values: Tensor) -> None:
         """Values of this process and step, averaged until the next line of the log."""
-        for name, value in values.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)).to(value.device) + value
-        self.latest = values
+        self.latest = {name: value.detach().double() for name, value in values.items()}
+        for name, value in self.latest.items():
+            before = self.sums.get(name, torch.zeros_like(value)).to(value.device)
+            self.sums[name] = before + value
         self.count += 1
 
     def note(self, **fields) -> None:

@@ -1265,6 +1265,7 @@ def three_steps(norm):
     torch.manual_seed(0)
     cpc.CHUNK = 20_000
     model = cpc.CPC(resnet.Encoder("tiny", norm), 4, [2, 3], 16, 16, emb_scale=1.0)
+    model = model.to(memory_format=torch.channels_last)
     optimizer, ddp = torch.optim.Adam(model.parameters(), 1e-3), DistributedDataParallel(model)
     steps = []
     for step in range(3):
