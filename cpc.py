@@ -130,8 +130,8 @@ class CPC(nn.Module):
     directions: 1 (above predicts below), 2 (and below above) or 4 (and left right, right left).
     """
 
-    # Sec. 2.1 predicts downwards ("patches below ... from those above"), Sec. 4.1 says CPC v1 used
-    # "context from ... beneath": we take the first. Quarter turns that bring a direction to "down".
+    # Sec. 2.1 predicts downwards ("patches below ... from those above"), Sec. 4.1 says that CPC v1
+    # used "context from ... beneath": we follow Sec. 2.1. Quarter turns that make a direction down.
     TURNS = {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}
 
     def __init__(self, encoder: Encoder, directions: int = 4, lengths: tuple[int, ...] = (2, 3),
@@ -205,7 +205,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, patches: Tensor, 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Polyak averaging after step `step`, counted from 0. ours: the decay grows with the steps: a
-    constant 0.9999 would leave half of the random start in the average after 6,000 of them."""
+    constant 0.9999 would leave 55 % of the random start in the average after 6,000 of them."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
     for mine, new in zip(average.buffers(), model.buffers()):  # batch norm's statistics
@@ -225,7 +225,8 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer,
     if start:
         for name, part in parts.items():
             part.load_state_dict(run.state.pop(name))
-    if start == stop and (run.folder / "retrieval.png").exists():
+    products = [run.folder / name for name in ("encoder.pt", "retrieval.png")]
+    if start == stop and all(path.exists() for path in products):
         print(f"{run.folder} holds this run, finished")
         return
 
@@ -298,7 +299,7 @@ def rank_patches(model: CPC, images: Tensor, args: Namespace, device: torch.devi
         i, j = (G - 1 - k) // 2, b % G  # the middle of what can be predicted from; any column
         image = images[b].to(device) / 255
         image[:, i * args.stride + P:] *= 0.25  # rows that the context network has not seen
-        ranked = (candidates @ predictions[k][b, :, i, j]).topk(5).indices
+        ranked = (candidates @ predictions[k][b, :, i, j]).topk(min(5, len(candidates))).indices
         shown = torch.cat((gallery[(b * G + i + k) * G + j][None], gallery[ranked]))  # [6, 3, P, P]
         tiles += [image, *F.interpolate(shown, (S, S), mode="nearest")]
     return tiles
@@ -397,11 +398,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--stem", choices=STEMS, help="7x7: total stride 16; for patches under 32 pixels 3x3/2: 8, "
         "3x3: 4 (default: by --arch)")
     add("--directions", type=int, choices=CPC.TURNS, default=4, help="of prediction")  # paper
-    add("--lengths", type=count, nargs="+", default=[2, 3], metavar="K", help="in rows")  # paper
+    # paper: {2, 3}, not v1's {2, ..., 5}: "distant patches might lie on distinct objects"
+    add("--lengths", type=count, nargs="+", default=[2, 3], metavar="K", help="of prediction, rows")
     add("--color-drop", type=share, default=0.5, help="probability for a patch")  # ours: not stated
     add("--flip", type=share, default=0.0, help="probability for a patch")  # paper: no gain here
     add("--jitter", action=BooleanOptionalAction, default=True, help="shift patches")  # paper
-    # A.3: the geometry
+    # A.3: the geometry, a 6x6 grid; A.2's example has v1's 7x7, which is 256/64/32
     add("--crop", type=count, default=240, help="side of the image, pixels")  # paper
     add("--patch", type=count, default=80, help="side of a patch, pixels")  # paper
     add("--stride", type=count, default=32, help="from patch to patch, pixels")  # paper

@@ -340,12 +340,12 @@ def load_dataset(data: str, split: str, size: int) -> Dataset:
     if data == "shapes":
         return Shapes("train" if train else "test", size)
     if data == "cifar10":
-        return download(data, lambda: datasets.CIFAR10(DOWNLOADS, train, download=True))
+        return download(data, lambda fetch: datasets.CIFAR10(DOWNLOADS, train, download=fetch))
     if data == "stl10":
         stl_split = {"pretrain": "unlabeled"}.get(split, split)
-        return download(data, lambda: datasets.STL10(DOWNLOADS, stl_split, download=True))
+        return download(data, lambda fetch: datasets.STL10(DOWNLOADS, stl_split, download=fetch))
     if data == "imagenette":
-        download(data, lambda: datasets.Imagenette(DOWNLOADS, download=True))
+        download(data, lambda fetch: datasets.Imagenette(DOWNLOADS, download=fetch))
         data = DOWNLOADS / "imagenette2"
     return from_first(lambda: list_folder(Path(data), split))
 
@@ -368,14 +368,14 @@ def list_folder(root: Path, split: str) -> Dataset:
         raise SystemExit(f"labels are needed here, a folder of images for each class: {error}")
 
 
-def download(name: str, make: Callable) -> Dataset:
-    """What `make` returns: the first process of a node downloads, the others find it there."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+def download(name: str, make: Callable[[bool], Dataset]) -> Dataset:
+    """What `make` returns: with True, the first process of a node downloads it; the others, with
+    False, find it there."""
     try:
-        if first:
-            make()
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            make(True)
         dist.barrier()
-        return make()
+        return make(False)
     except (OSError, RuntimeError) as error:
         line = str(error).splitlines()[0]
         raise SystemExit(f"cannot download {name} to {DOWNLOADS}/: {line}")
@@ -543,15 +543,17 @@ def load_batches(dataset: Dataset, transform: v2.Transform, batches: Sampler, de
 
     Exits with one line on an image that cannot be read, in training if there are many."""
     if workers is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = max(0, min(16, len(os.sched_getaffinity(0)) // processes - 1))
+        affinity = getattr(os, "sched_getaffinity", None)  # which macOS has not
+        cores = len(affinity(0)) if affinity else os.cpu_count()
+        workers = max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     images = Seeded(dataset, transform, skip=isinstance(batches, TrainBatches))
+    # ours: forked on Linux, no default since Python 3.14: the list of ImageNet's paths is shared
+    fork = "fork" if sys.platform == "linux" else None
     try:
-        # ours: forked, no default since Python 3.14: the list of ImageNet's paths is shared
         yield from DataLoader(images, batch_sampler=batches, num_workers=workers,
                               collate_fn=collate, pin_memory=device.type == "cuda",
                               worker_init_fn=ignore_signals,
-                              multiprocessing_context="fork" if workers else None)
+                              multiprocessing_context=fork if workers else None)
     except Unreadable as error:  # a worker's has its traceback in front
         raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("data.Unreadable: "))
 
@@ -645,7 +647,7 @@ def check_batch(batch_size: int) -> None:
 
 
 class Run:
-    """What a run leaves on disk, below `--out`: log.jsonl, checkpoint.pt, pictures.
+    """What a run leaves on disk, below `--out`: log.jsonl and checkpoint.pt.
 
     The same command continues what is there, another one is refused with the difference. The log's
     lines travel in the checkpoint, and log.jsonl is written anew from it on a start: what was
@@ -653,8 +655,8 @@ class Run:
     """
 
     # Flags that say where and how a run goes, not what it computes.
-    MAY_DIFFER = {"data", "out", "workers", "bf16", "checkpointing", "compile", "benchmark",
-                  "save_every"}
+    MAY_DIFFER = {"data", "out", "encoder", "workers", "bf16", "checkpointing", "compile",
+                  "benchmark", "save_every"}
 
     def __init__(self, args: argparse.Namespace, **facts):
         """facts: what else must be the same for a run to be continued (its images, its encoder).
@@ -692,7 +694,7 @@ class Run:
         """Take the folder, on the first process: whether there is a checkpoint in it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / "log.jsonl", "a+")
+            self.file = open(self.folder / "log.jsonl", "a+", errors="replace")
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"another run is writing to {self.folder}: pass another --out")
@@ -700,10 +702,11 @@ class Run:
             raise SystemExit(f"cannot use --out {self.folder}: {error.strerror}")
         if (self.folder / "checkpoint.pt").exists():
             return True
-        products = [name for name in ("encoder.pt", "model.pt") if (self.folder / name).exists()]
         self.file.seek(0)
-        first = self.file.readline()
-        if products or first and not first.startswith('{"event": "start"'):
+        first, later = self.file.readline(), self.file.read()
+        ours = first.startswith('{"event": "start"') and first.endswith("\n")
+        results = (self.folder / "encoder.pt").exists() or '"event": "result"' in later
+        if results or first and not ours:
             raise SystemExit(f"{self.folder} holds a run without its checkpoint, or what is not "
                              f"ours: pass another --out")
         if first:  # killed before the first checkpoint
@@ -731,7 +734,8 @@ class Run:
             self.file.flush()
 
     def save(self, state: dict) -> None:
-        """Replace the checkpoint. state: tensors and plain values. All ranks call it together."""
+        """Replace the checkpoint. state: tensors and plain values. All ranks call it together, for
+        the sums are reduced; FloatingPointError if one of them is not finite."""
         sums = self._reduced()
         self.saved_at = time.monotonic()
         if self.is_main:
@@ -751,8 +755,8 @@ class Run:
         self.notes |= fields
 
     def _reduced(self) -> dict[str, Tensor]:
-        """The sums' mean over processes, of copies: a save never changes what is logged. Raises
-        FloatingPointError if one is not finite: then nothing is saved."""
+        """The sums' mean over processes; the sums stay as they are, so that a save never changes
+        what is logged. Raises FloatingPointError if one is not finite: then nothing is saved."""
         if not self.count:
             return {}
         values = torch.stack(list(self.sums.values()))
@@ -760,8 +764,8 @@ class Run:
         values /= dist.get_world_size()
         if not values.isfinite().all():
             means = {k: v.item() / self.count for k, v in self.sums.items()}
-            raise FloatingPointError(f"not finite: {means}, {self.notes}: lower --lr; the last "
-                                     f"checkpoint is kept")
+            raise FloatingPointError(f"not finite: {means}, {self.notes}: lower --lr, in another "
+                                     f"--out; the last checkpoint is kept")
         return dict(zip(self.sums, values))
 
     def steps(self, batches: Iterator, start: int, stop: int, images: int, due: Callable,
@@ -781,7 +785,7 @@ class Run:
             for step, batch in enumerate(bar, start):
                 yield step, batch
                 done = step + 1
-                if step % 20 == 0:  # the only time that the host waits for a GPU
+                if step % 20 == 0:  # between checkpoints the only wait for a GPU
                     shown = ", ".join(f"{k} {v.item():.4g}" for k, v in self.latest.items())
                     bar.set_postfix_str(f"{shown} {hint}", refresh=False)
                     self._reduced()
@@ -793,9 +797,12 @@ class Run:
                 if caught:
                     bar.close()
                     self._leave(caught)
+            caught, _ = self._agree()  # one that came during the last save
+            if caught:
+                self._leave(caught)
         finally:
             bar.close()
-            self.sums, self.count, self.training = {}, 0, False
+            self.sums, self.notes, self.count, self.training = {}, {}, 0, False
 
     def _log_means(self, label: str, done: int, images: int) -> None:
         seconds = time.monotonic() - self.clock
@@ -817,12 +824,12 @@ class Run:
         if self.training:
             self.signal = number  # `steps` will see it
         else:
-            self._leave(number)  # nothing has been learned since the last save
+            self._leave(number)  # outside a training: what was not saved is done again
 
     def _leave(self, number: int) -> None:
         if self.is_main:
-            print(f"stopped by {signal.Signals(number).name}, state saved: the same command "
-                  f"continues", file=sys.stderr)
+            print(f"stopped by {signal.Signals(number).name}: the same command continues",
+                  file=sys.stderr)
         raise SystemExit(128 + number)
 
 
@@ -842,9 +849,17 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def file_digest(path: str) -> str:
-    """Of a file's content, 16 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+def digests(names: list[str]) -> list[str]:
+    """What must stay the same of `--encoder`: a file's content (16 digits of its SHA-256), wherever
+    it lies, and the names that are no files."""
+    found = []
+    for name in names:
+        path = name.rpartition(":")[2]  # of torchvision:MODEL:WEIGHTS too
+        if os.path.isfile(path):
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+            name = name.removesuffix(path) + digest
+        found.append(name)
+    return found
 
 
 # ---- Command lines -------------------------------------------------------------------------------

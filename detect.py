@@ -95,7 +95,8 @@ class Conv5(nn.Module):
 
 def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = False,
                    proposals: int = 300, regions: int = 128, bf16: bool = False) -> FasterRCNN:
-    """Faster R-CNN (Ren et al. 2015) with the encoder as its trunk, images already normalised.
+    """Faster R-CNN (Ren et al. 2015) with the encoder as its trunk, images already normalised, with
+    the scale augmentation of Sec. 2.2.
 
     classes: without the background; side: shorter side of test images, pixels; proposals: from the
     region proposal network at test time; regions: trained on, of an image."""
@@ -229,24 +230,29 @@ def load_objects(name: str, split: str, size: int) -> Objects:
     if name == "shapes":
         return ShapesObjects(split, size)
     which = "trainval" if split == "train" else "test"
+    root = Path(name)
     if name == "voc2007":
         root = data.DOWNLOADS
-        data.download(name, lambda: datasets.VOCDetection(root, "2007", which, download=True))
-    return data.from_first(lambda: VOCObjects(root if name == "voc2007" else Path(name), which))
+        there = (root / "VOCdevkit/VOC2007/ImageSets/Main" / f"{which}.txt").is_file()
+        if not there:  # torchvision would unpack it again
+            data.download(name, lambda fetch: datasets.VOCDetection(root, "2007", which,
+                                                                    download=fetch))
+    return data.from_first(lambda: VOCObjects(root, which))
 
 
-def labels_of(item: tuple) -> tuple[Tensor, Tensor]:
+def removed_with_box(item: tuple) -> tuple[Tensor, Tensor]:
     """What SanitizeBoundingBoxes removes together with a box."""
     return item[1]["labels"], item[1]["difficult"]
 
 
 def objects_transform(train: bool) -> v2.Compose:
     """(image, truth) -> (uint8 tensor, truth): mirrored half the time. Scale and colours (Sec. 2.2)
-    are drawn on the device. ours: boxes of less than a pixel inside the image are left out."""
+    are drawn on the device, by the detector and `prepare`. ours: boxes of less than a pixel inside
+    the image are left out."""
     steps = []
     if train:
         steps = [v2.RandomHorizontalFlip(), v2.ClampBoundingBoxes(),
-                 v2.SanitizeBoundingBoxes(labels_getter=labels_of)]
+                 v2.SanitizeBoundingBoxes(labels_getter=removed_with_box)]
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
@@ -281,8 +287,8 @@ def average_precision(detections: list[dict], truths: list[dict], label: int,
     precision at that recall or a higher one, in 0..1; None for a class without objects that count.
 
     A detection is right if its IoU with the object of its class that it overlaps most is at least
-    `threshold`, and if no better one has found this object before. One of a `difficult` object
-    neither rewards nor punishes. detections: boxes [n, 4], labels [n], scores [n] of each image."""
+    `threshold`, and if no better one has found this object before. That of a `difficult` object
+    is ignored. detections: boxes [n, 4], labels [n], scores [n] of each image."""
     ranked, positives = [], 0  # ranked: (score, IoU, object, whether that is difficult)
     for image, (found, truth) in enumerate(zip(detections, truths, strict=True)):
         mine, true = found["labels"] == label, truth["labels"] == label
@@ -350,8 +356,8 @@ def mean_ap(model: FasterRCNN, objects: Objects, device: torch.device,
 
 
 def make_optimizer(args: Namespace, phase: str, model: FasterRCNN) -> torch.optim.Optimizer:
-    """AdamW (ours). paper: "then fine-tuned the entire model end-to-end"; Sec. 2.2: "a smaller
-    learning rate", but for heads that are still fresh, where fine-tuning is the only phase."""
+    """AdamW (ours). paper: "then fine-tuned the entire model end-to-end", Sec. 2.2: with "a smaller
+    learning rate". ours: heads that no frozen phase has trained have the larger one."""
     heads = [*model.rpn.parameters(), *model.roi_heads.parameters()]
     fresh = phase == args.phase[0]
     groups = [dict(params=heads, lr=args.lr if fresh else args.finetune_lr)]
@@ -610,9 +616,8 @@ def main(args: Namespace) -> None:
     train_set, held_out = Part(whole, chosen), Part(whole, held)
     if len(train_set) < dist.get_world_size():
         raise SystemExit(f"{args.data} has {len(train_set)} training images, fewer than processes")
-    files = [name for name in args.encoder if os.path.isfile(name)]
     run = data.Run(args, images=[len(whole), whole.names[0], whole.names[-1]], bf16=bf16,
-                   processes=dist.get_world_size(), encoders=list(map(data.file_digest, files)))
+                   processes=dist.get_world_size(), encoders=data.digests(args.encoder))
     state = run.state or {"done": {}, "solution": {}}
     if run.is_main:
         print(f"{len(train_set)} training, {len(held_out)} held-out and {len(test_set)} test "

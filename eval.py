@@ -21,6 +21,7 @@ import os
 import random
 import statistics
 import time
+import zlib
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -147,7 +148,7 @@ def augmentation(row: Row, args: Namespace) -> tuple[v2.Compose, dict]:
     grey = row.trained.get("image_aug") == "v1"
     if args.head == "linear" and row.trained:
         # Sec. 2.2, linear classification: "the same data-augmentation as in the unsupervised
-        # learning phase"
+        # learning phase", from the encoder's file; --color-drop and --min-area may override it
         kind, patches = row.trained["image_aug"], {"color_drop": args.color_drop}
         patches |= {name: row.trained[name] for name in ("jitter", "flip")}
         return data.image_transform(kind, row.crop, args.min_area, grey=grey), patches
@@ -285,7 +286,8 @@ def make_optimizer(model: Classifier, stage: str, recipe: dict) -> torch.optim.O
 
 
 def average_buffers(module: nn.Module) -> None:
-    """Batch norm's running statistics, the mean over processes: all test with the same ones."""
+    """Batch norm's running statistics after a step: the mean over processes, so that all test with
+    the same ones. (Before each step DDP hands on those of the first.)"""
     for buffer in module.buffers():
         if buffer.is_floating_point():
             dist.all_reduce(buffer.div_(dist.get_world_size()))
@@ -295,9 +297,9 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
         state: dict, start_top1: float | None = None) -> float | None:
     """Train `model` in place and return its held-out top-1 (None: no held-out images).
 
-    Held-out images are tested ten times along the way and the best of these states is restored, the
-    first one too if its accuracy is known (start_top1): early stopping (Sec. 2.2) with all of the
-    schedule as its patience. Without held-out images: the last state."""
+    Early stopping (Sec. 2.2): the schedule runs to its end, held-out images are tested ten times
+    along the way, and the best of these states is restored, or the first one if its accuracy is
+    known (start_top1) and higher. Without held-out images: the last state."""
     world = dist.get_world_size()
     batch = min(max(recipe["batch_size"], world), len(cell.train)) // world * world
     if not batch:
@@ -353,13 +355,13 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
 
 
 def choose_recipe(cell: Cell, recipe: dict, trials: int, run: data.Run, state: dict) -> dict:
-    """`--sweep`: the recipe with the best held-out top-1 of the first stage, among this one and
-    `trials` - 1 variants of it. A trial that diverges loses; none sees a test image."""
+    """`--sweep`: of `trials` recipes, this one and variants of it, the one with the best held-out
+    top-1 of the first stage. A trial that diverges loses; none sees a test image."""
     recipes = [recipe] + [variant(recipe, n) for n in range(1, trials)]
     scores = []
     for n, trial in enumerate(recipes):
         stage = "scratch" if cell.row.supervised else "frozen"
-        key = f"{cell.row.encoder}/{cell.row.arch}/{cell.labels:g}/trial {n}"
+        key = f"{cell.row.encoder}/{cell.row.arch}/{stage}/{cell.labels:g}/trial {n}"
         if key not in state["done"]:
             model = build_classifier(cell, trial["dropout"])
             try:
@@ -377,8 +379,8 @@ def choose_recipe(cell: Cell, recipe: dict, trials: int, run: data.Run, state: d
 def run_stage(cell: Cell, model: Classifier, recipe: dict, stage: str, run: data.Run, state: dict,
               before: dict | None = None, keep: bool = False) -> dict:
     """One stage of a cell: train, test, and log a `result`, which it returns. What the run has
-    done already is not trained again. before: the result of the stage before; keep: the solution,
-    from which the next stage starts, is saved with the state."""
+    done already is not trained again: `model` then has the weights of its head if they were kept
+    for the next stage (keep), and else stays as it is. before: the result of the stage before."""
     key = f"{cell.row.encoder}/{cell.row.arch}/{stage}/{cell.labels:g}/seed {cell.seed}"
     if key in state["done"]:
         if key in state["solution"]:
@@ -398,6 +400,8 @@ def run_stage(cell: Cell, model: Classifier, recipe: dict, stage: str, run: data
         labels=cell.labels, labelled_images=len(cell.train), held_out_images=len(cell.held_out),
         seed=cell.seed, held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe,
         seconds=round(time.time() - began, 1))
+    if run.is_main and cell.row.supervised and cell.row.patch:
+        save_trunk(cell, model.encoder, run.folder)
     state["done"][key] = result
     state["solution"] = {key: copy.deepcopy(model.head.state_dict())} if keep else {}
     state.pop("fit", None)  # this training is over
@@ -411,8 +415,6 @@ def classify(cell: Cell, recipe: dict, run: data.Run, state: dict) -> None:
     args, model = cell.args, build_classifier(cell, recipe["dropout"])
     if cell.row.supervised:
         run_stage(cell, model, recipe, "scratch", run, state)
-        if run.is_main and cell.row.patch:
-            save_trunk(cell, model.encoder, run.folder)
         return
 
     # "keep the feature extractor f_theta fixed": psi* on the latents of theta*
@@ -481,7 +483,8 @@ def print_tables(results: list[dict], classes: int, test_images: int) -> None:
 
 # ---- Command line --------------------------------------------------------------------------------
 
-# What a flag is when it is not given, by head ("none": as resnet's). --help calls SMALL "small".
+# Defaults by head; --head none has those of resnet. SMALL replaces some of them with a small
+# encoder, TINY with --tiny.
 DEFAULTS = {
     # paper: A.3, Adam 5e-4 and 512 images; ours: the epochs, which are not stated
     "linear": dict(epochs=30, min_steps=0, batch_size=512, lr=5e-4, weight_decay=0.0, held_out=0.0,
@@ -503,9 +506,9 @@ TINY = {
     "resnet": dict(epochs=1, min_steps=60, batch_size=64, held_out=0.05, finetune_epochs=0.5,
                    finetune_lr=3e-4),
 }
-# ours: random weights need longer: 2.5 times the first stage's steps, or both stages' together if
-# that is more
-SUPERVISED = 2.5
+# ours: random weights need longer: 2.5 times the first stage's epochs and steps, or as long as both
+# stages together if that is more
+SUPERVISED_LONGER = 2.5
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -645,10 +648,10 @@ def main(args: Namespace) -> None:
         raise SystemExit(f"--held-out {args.held_out} of {len(train_set)} images in {classes} "
                          f"classes is none: raise it, or pass 0 for a fixed schedule")
     rows = find_rows(args, vars(args).pop("sources"))
-    files = [name for name in args.encoder if os.path.isfile(name)]
-    run = data.Run(args, images=data.summary_of(train_set), bf16=bf16,
-                   processes=dist.get_world_size(), encoders=list(map(data.file_digest, files)),
-                   labelled=[len(chosen) for _, chosen, _ in columns[args.seed]])
+    labelled = [[len(chosen), zlib.crc32(repr(chosen).encode())]  # which, in a few digits
+                for _, chosen, _ in columns[args.seed]]
+    run = data.Run(args, images=data.summary_of(train_set), bf16=bf16, labelled=labelled,
+                   processes=dist.get_world_size(), encoders=data.digests(args.encoder))
     state = run.state or {"done": {}, "solution": {}}
     if run.is_main:
         for seed in seeds:
@@ -663,11 +666,11 @@ def main(args: Namespace) -> None:
                             Subset(train_set, held), test_set, device, bf16, cache)
                 recipe = {name: getattr(args, name) for name in names}
                 if row.supervised:
-                    longer = max(SUPERVISED, 1 + args.finetune_epochs / args.epochs)
+                    longer = max(SUPERVISED_LONGER, 1 + args.finetune_epochs / args.epochs)
                     recipe["epochs"] *= longer
                     recipe["min_steps"] *= longer
                 if args.sweep:  # on the first seed's labels, for all seeds
-                    where = row.encoder, row.arch, share
+                    where = row.encoder, row.arch, row.supervised, share
                     if where not in recipes:
                         recipes[where] = choose_recipe(cell, recipe, args.sweep, run, state)
                     recipe = recipes[where]

@@ -29,8 +29,8 @@ ARCHITECTURES = {
     "resnet161": ((3, 4, 46), (256, 512, 4096), (64, 128, 512), "7x7"),
     # paper: Sec. 4.1. CPC v1's encoder: the first three stacks of ResNet-101.
     "resnet92": ((3, 4, 23), (256, 512, 1024), (64, 128, 256), "7x7"),
-    # paper: Fig. 4, right, only deeper and only wider. ours: the blocks, since the figure is lost.
-    # The wider one keeps ResNet-92's depth: its name says what it is compared with.
+    # paper: Fig. 4, right, a deeper and a wider variant. ours: what is in them, since the figure is
+    # lost. resnet161-wide has ResNet-161's width, and ResNet-92's depth of 92 layers.
     "resnet161-deep": ((3, 4, 46), (256, 512, 1024), (64, 128, 256), "7x7"),
     "resnet161-wide": ((3, 4, 23), (256, 512, 4096), (64, 128, 512), "7x7"),
     # paper: A.4, the supervised baselines, "'v2' variant": all four stacks, on whole images.
@@ -48,9 +48,9 @@ NORMS = ("layer", "batch", "none")  # paper: Sec. 4.1, "Layer normalization", co
 
 class LayerNorm(nn.Module):
     """ours: Ba et al. 2016 do not say over which axes of a feature map. All of (C, H, W) make the
-    statistics those of one patch: no patch can see another, which is what batch norm gets wrong
-    (Sec. 4.1: "a dependency between patches ... that can be exploited"). Each channel has a scale
-    and a bias. [N, C, H, W] -> the same shape.
+    statistics those of one patch: no patch can see another, as it can through batch norm (Sec.
+    4.1: "a dependency between patches ... that can be exploited"). Each channel has a scale and a
+    bias. [N, C, H, W] -> the same shape.
 
     per_position: the statistics of each position over its channels, with the same weights, for
     detection, where a map is no longer a patch's (detect.py)."""
@@ -232,8 +232,9 @@ def load_file(path: Path, kind: str) -> dict:
 def save_encoder(path: str | Path, encoder: Encoder, geometry: dict, trained: dict) -> None:
     """Write `encoder.pt`: the weights and all that is needed to use them.
 
-    geometry: crop, patch and stride in pixels, mean and std of the inputs; trained: how the weights
-    came to be (data, arguments, steps), plain values only. Exits with one line if it cannot."""
+    encoder: from cpc.py the averaged one, if there is an average; geometry: crop, patch and stride
+    in pixels, mean and std of the inputs; trained: how the weights came to be (data, arguments,
+    steps), plain values only. Exits with one line if it cannot."""
     network = dict(arch=encoder.arch, norm=encoder.norm, stem=encoder.stem)
     weights = dict(trained=trained, state=encoder.state_dict())
     save_file({"kind": "encoder", **network, **geometry, **weights}, Path(path))

@@ -50,65 +50,82 @@ tiny() {
     $launch detect.py --encoder "$encoder" random --out "$out/detect"
 }
 
-commands() {  # print some commands and, with a folder of data, run them one by one
-    echo "$1"
-    [ "$data" = DATA ] || { environment; PATH="$venv/bin:$PATH" bash -euc "$1"; }
+add() {  # a line of what `commands` prints and runs
+    lines+="$*"$'\n'
+}
+
+commands() {  # print the lines and, with a folder of data, run them one by one
+    printf '%s' "$lines"
+    [ "$data" = DATA ] || { environment; PATH="$venv/bin:$PATH" bash -euc "$lines"; }
 }
 
 results() {
-    data=${1:-DATA}
-    commands "# Photos: pre-training for 14 epochs of 18,494 photos, and for one
-export OMP_NUM_THREADS=1
-photos='--tiny --arch small --stem 7x7 --crop 96 --patch 32 --stride 16 --min-area 0.3 --hidden 128 --target-dim 64 --lr 2e-3 --batch-size 64 --bf16 --data $data/photos'
-python cpc.py \$photos --epochs 14 --warmup 200 --out runs/photos-14
-python cpc.py \$photos --epochs 1 --warmup 100 --out runs/photos-1
-# Shapes, five seeds: pre-training, Table 1 (linear), Fig. 1 (1 % of the labels)
-for s in 0 1 2 3 4; do
-    python cpc.py --tiny --seed \$s --out runs/shapes-\$s
-    python eval.py --encoder runs/shapes-\$s/encoder.pt random --seed \$s --out runs/shapes-\$s-linear
-    python eval.py --encoder runs/shapes-\$s/encoder.pt --seed \$s --labels 0.01 --supervised --out runs/shapes-\$s-labels
-done"
+    data=$1 lines=""
+    photos="--tiny --arch small --stem 7x7 --crop 96 --patch 32 --stride 16 --min-area 0.3"
+    photos+=" --hidden 128 --target-dim 64 --lr 2e-3 --warmup 200 --batch-size 64 --epochs 14"
+    pixels="--crop 96 --min-area 0.3 --batch-size 32 --min-steps 450 --epochs 5"
+    pixels+=" --finetune-epochs 5 --held-out 0.05"
+    add export OMP_NUM_THREADS=1
+    add "# Photos: pre-training, Table 1 (linear), Fig. 1"
+    add python cpc.py $photos --bf16 --data $data/photos --out runs/photos
+    add python eval.py --encoder runs/photos/encoder.pt --epochs 3 --out runs/photos-linear
+    for s in 0 1 2; do
+        few="--labels 0.01 0.1 --seed $s"
+        add python eval.py --encoder runs/photos/encoder.pt $few --out runs/photos-labels-$s
+        add python eval.py --head none --supervised tiny:7x7 --data $data/photos $pixels $few \
+            --out runs/photos-pixels-$s
+    done
+    add "# Shapes, five seeds: pre-training, Fig. 1 at 1 % of the labels"
+    for s in 0 1 2 3 4; do
+        add python cpc.py --tiny --seed $s --out runs/shapes-$s
+        add python eval.py --encoder runs/shapes-$s/encoder.pt --seed $s --labels 0.01 \
+            --supervised --out runs/shapes-labels-$s
+    done
+    commands
+}
+
+variant() {  # Fig. 3 and 4: a name and one change from v2; linear, and with few labels
+    add $launch cpc.py --data $data "${@:2}" --out runs/$1
+    add $launch eval.py --data $data --encoder runs/$1/encoder.pt --out runs/$1-linear
+    add $launch eval.py --data $data --encoder runs/$1/encoder.pt --labels 0.01 0.1 \
+        --out runs/$1-labels
 }
 
 paper() {
-    data=${1:-DATA}
+    data=$1 lines="" voc=${VOC:-voc2007}
     launch="torchrun --nproc_per_node=${GPUS:-8}"
-    voc=${VOC:-voc2007}
     labels="0.01 0.02 0.05 0.1 0.2 0.5 1"
-    commands "# Table 1: pre-training (Sec. 4.1) and linear classification (A.3)
-$launch cpc.py --data $data --out runs/v2
-$launch eval.py --data $data --encoder runs/v2/encoder.pt --out runs/v2-linear
-# Fig. 1, Table 5: efficient classification (Sec. 4.2), and supervised from pixels (A.4), tuned alike
-$launch eval.py --data $data --encoder runs/v2/encoder.pt --labels $labels --sweep 8 --out runs/v2-labels
-$launch eval.py --data $data --head none --supervised resnet50 resnet101 resnet152 --labels $labels --sweep 8 --out runs/supervised
-# 1 % of the labels and no other: a fixed schedule, for both
-$launch eval.py --data $data --encoder runs/v2/encoder.pt --labels 0.01 --supervised --held-out 0 --out runs/v2-1percent
-# Sec. 4.1: the patched encoder itself, supervised, with batch norm (66.4 %) and without (62.5 %)
-$launch eval.py --data $data --encoder runs/v2/encoder.pt --head none --supervised patched patched-none --out runs/patched
-# Table 1, CPC v1, where Fig. 3 starts
-$launch cpc.py --data $data --preset v1 --out runs/v1
-$launch eval.py --data $data --encoder runs/v1/encoder.pt --out runs/v1-linear
-# Table 3: detection on VOC 2007 (Sec. 4.3), downloaded, or VOC=DIR
-$launch detect.py --data $voc --encoder runs/v2/encoder.pt random --out runs/v2-voc
-# Fig. 3 and 4: one change from v2 at a time; linear, and with few labels
-variant() {
-    name=\$1; shift
-    $launch cpc.py --data $data --out runs/\$name \"\$@\"
-    $launch eval.py --data $data --encoder runs/\$name/encoder.pt --out runs/\$name-linear
-    $launch eval.py --data $data --encoder runs/\$name/encoder.pt --labels 0.01 0.1 --out runs/\$name-labels
-}
-variant norm-batch --norm batch
-variant norm-none --norm none
-variant directions-1 --directions 1
-variant directions-2 --directions 2
-variant no-color-drop --color-drop 0
-variant patch-flips --flip 0.5
-variant lengths-2-5 --lengths 2 3 4 5
-variant resnet92 --arch resnet92
-variant deeper --arch resnet161-deep
-variant wider --arch resnet161-wide
-# Table 3, \"ResNet-101\"
-$launch detect.py --data $voc --encoder runs/resnet92/encoder.pt --out runs/resnet92-voc"
+    v2="--data $data --encoder runs/v2/encoder.pt"
+    add "# Table 1: pre-training (Sec. 4.1) and linear classification (A.3)"
+    add $launch cpc.py --data $data --out runs/v2
+    add $launch eval.py $v2 --out runs/v2-linear
+    add "# Fig. 1, Table 5: efficient classification (Sec. 4.2), and from pixels (A.4), tuned alike"
+    add $launch eval.py $v2 --labels $labels --sweep 8 --out runs/v2-labels
+    add $launch eval.py --data $data --head none --supervised resnet50 resnet101 resnet152 \
+        --labels $labels --sweep 8 --out runs/supervised
+    add "# 1 % of the labels and no other: a fixed schedule, for both"
+    add $launch eval.py $v2 --labels 0.01 --supervised --held-out 0 --out runs/v2-1percent
+    add "# Sec. 4.1: the patched encoder itself, with batch norm (66.4 %) and without (62.5 %)"
+    add $launch eval.py $v2 --head none --supervised patched patched-none --out runs/patched
+    add "# Table 1, CPC v1, where Fig. 3 starts"
+    add $launch cpc.py --data $data --preset v1 --out runs/v1
+    add $launch eval.py --data $data --encoder runs/v1/encoder.pt --out runs/v1-linear
+    add "# Table 3: detection on VOC 2007 (Sec. 4.3), downloaded, or VOC=DIR"
+    add $launch detect.py --data $voc --encoder runs/v2/encoder.pt random --out runs/v2-voc
+    add "# Fig. 3 and 4: one change from v2 at a time"
+    variant norm-batch --norm batch
+    variant norm-none --norm none
+    variant directions-1 --directions 1
+    variant directions-2 --directions 2
+    variant no-color-drop --color-drop 0
+    variant patch-flips --flip 0.5
+    variant lengths-2-5 --lengths 2 3 4 5
+    variant resnet92 --arch resnet92
+    variant deeper --arch resnet161-deep
+    variant wider --arch resnet161-wide
+    add "# Table 3, \"ResNet-101\": its first three stacks"
+    add $launch detect.py --data $voc --encoder runs/resnet92/encoder.pt --out runs/resnet92-voc
+    commands
 }
 
 case ${1:-tiny} in
