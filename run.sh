@@ -70,10 +70,12 @@ results() {
     add python cpc.py $photos --bf16 --data $data/photos --out runs/photos
     add python eval.py --encoder runs/photos/encoder.pt --epochs 3 --out runs/photos-linear
     for s in 0 1 2; do
-        few="--labels 0.01 0.1 --seed $s"
-        add python eval.py --encoder runs/photos/encoder.pt $few --out runs/photos-labels-$s
-        add python eval.py --head none --supervised tiny:7x7 --data $data/photos $pixels $few \
-            --out runs/photos-pixels-$s
+        add python eval.py --encoder runs/photos/encoder.pt --labels 0.01 0.1 --seed $s \
+            --out runs/photos-labels-$s
+        add python eval.py --head none --supervised tiny:7x7 --labels 0.01 --seed $s $pixels \
+            --data $data/photos --out runs/photos-pixels-1-$s
+        add python eval.py --head none --supervised small:7x7 --labels 0.1 --seed $s $pixels \
+            --data $data/photos --out runs/photos-pixels-10-$s
     done
     add "# Shapes, five seeds: pre-training, Fig. 1 at 1 % of the labels"
     for s in 0 1 2 3 4; do
