@@ -577,12 +577,13 @@ def start_process() -> torch.device:
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # no other node listens
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     if not dist.is_initialized():
+        store, rank, world = dist.HashStore(), 0, 1
+        if "RANK" in os.environ:  # torchrun's, where the addresses of dead processes stay: a prefix
+            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store, rank, world = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"start {restarts}", store)
         gpu = device if device.type == "cuda" else None
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, device_id=gpu)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1,
-                                    device_id=gpu)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=gpu)
     return device
 
 
