@@ -555,6 +555,7 @@ def load_batches(dataset: Dataset, transform: v2.Transform, batches: Sampler, de
                               worker_init_fn=ignore_signals,
                               multiprocessing_context=fork if workers else None)
     except Unreadable as error:  # a worker's has its traceback in front
+        end_workers()
         raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("data.Unreadable: "))
 
 
@@ -831,6 +832,7 @@ class Run:
         if self.is_main:
             print(f"stopped by {signal.Signals(number).name}: the same command continues",
                   file=sys.stderr)
+        end_workers()
         raise SystemExit(128 + number)
 
 
