@@ -1373,7 +1373,8 @@ def test_any_number_of_processes_computes_the_same(folder, voc, tmp_path):
         done = run("test_cpc.py", folder, voc, tmp_path, processes=world)
         assert done.returncode == 0, done.stderr
         several = torch.load(tmp_path / f"steps-{world}.pt", weights_only=True)
-        one = several if world == 1 else one
+        if world == 1:
+            one = several
         for norm in one:
             for (patches, gradient, loss), ours in zip(one[norm], several[norm], strict=True):
                 assert torch.equal(patches, ours[0])
