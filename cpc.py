@@ -221,10 +221,7 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer,
     parts = {"model": model, "optimizer": optimizer}
     if args.average:  # ours: of the encoder alone, since nothing else is kept
         parts["average"] = copy.deepcopy(model.encoder)
-    start = run.state.get("step", 0)
-    if start:
-        for name, part in parts.items():
-            part.load_state_dict(run.state.pop(name))
+    start = run.resume("cpc", **parts)
     products = [run.folder / name for name in ("encoder.pt", "retrieval.png")]
     if start == stop and all(path.exists() for path in products):
         print(f"{run.folder} holds this run, finished")
@@ -237,10 +234,8 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer,
     loader = data.load_batches(dataset, image_transform(args), batches, device, args.workers)
     model.train()
     for step, (images, _) in run.steps(
-            loader, start, stop, args.batch_size,
-            due=lambda done: done % steps_per_epoch == 0,  # each epoch
-            state=lambda: {name: part.state_dict() for name, part in parts.items()},
-            label="cpc", hint=f"(chance {chance:.2f}, {math.exp(-chance):.4f})"):
+            loader, stop, args.batch_size, due=lambda done: done % steps_per_epoch == 0,
+            hint=f"(chance {chance:.2f}, {math.exp(-chance):.4f})"):
         patches = make_patches(images, args, device, step)
         if step == 0 and run.is_main:
             save_patches(patches, run.folder / "patches.png")

@@ -10,6 +10,7 @@ Shapes: B batch, G grid side, P patch side, S image side. Images travel as uint8
 
 import argparse
 import atexit
+import copy
 import ctypes
 import fcntl
 import hashlib
@@ -31,7 +32,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets
 from torchvision.ops import masks_to_boxes
@@ -663,23 +664,25 @@ class Run:
     def __init__(self, args: argparse.Namespace, **facts):
         """facts: what else must be the same for a run to be continued (its images, its encoder).
 
-        `state` is what the last save held, {} at the beginning. Exits with one line if the folder
-        holds another run, is in use, or cannot be written."""
+        `state`: plain values and tensors that every checkpoint holds, and that a continued run
+        finds here again; {} at the beginning. Exits with one line if the folder holds another run,
+        is in use, or cannot be written."""
         self.folder, self.is_main = Path(args.out), dist.get_rank() == 0
         flags = {k: v for k, v in vars(args).items() if k not in self.MAY_DIFFER}
         self.identity = json.loads(json.dumps(flags | facts))  # tuples become lists, as in the file
         self.save_seconds, self.saved_at = 60 * args.save_every, time.monotonic()
-        self.lines, self.sums, self.notes = [], {}, {}
-        self.count, self.signal, self.training = 0, 0, False
+        self.lines, self.sums, self.count, self.notes = [], {}, 0, {}
+        self.state, self.unfinished, self.label = {}, None, None
+        self.signal, self.training = 0, False
         path = self.folder / "checkpoint.pt"
-        self.state = {}
         if from_first(self._open):
             if not path.exists():
                 raise SystemExit(f"only the first process finds {path}: --out must be a folder "
                                  f"that all nodes share")
             saved = load_file(path, "checkpoint")
             self._compare(saved["identity"])
-            self.state, self.count = saved["state"], saved["count"]
+            self.state, self.unfinished = saved["state"], saved["training"]
+            self.count = saved["count"]
             if self.is_main:  # a mean over processes, of which this one now has all
                 self.lines = saved["log"]
                 self.sums = {k: v * dist.get_world_size() for k, v in saved["sums"].items()}
@@ -735,14 +738,34 @@ class Run:
             self.file.write(self.lines[-1])
             self.file.flush()
 
-    def save(self, state: dict) -> None:
-        """Replace the checkpoint. state: tensors and plain values. All ranks call it together, for
-        the sums are reduced; FloatingPointError if one of them is not finite."""
-        sums = self._reduced()
+    def save(self) -> None:
+        """Replace the checkpoint. All ranks call it together, for the sums are reduced;
+        FloatingPointError if one of them is not finite."""
+        sums, training = self._reduced(), None
         self.saved_at = time.monotonic()
-        if self.is_main:
-            save_file(dict(kind="checkpoint", identity=self.identity, state=state, log=self.lines,
-                           sums=sums, count=self.count), self.folder / "checkpoint.pt")
+        if not self.is_main:
+            return
+        if self.label:
+            parts = {name: part.state_dict() for name, part in self.parts.items()}
+            training = dict(label=self.label, step=self.step, parts=parts)
+        save_file(dict(kind="checkpoint", identity=self.identity, state=self.state, log=self.lines,
+                       training=training, sums=sums, count=self.count),
+                  self.folder / "checkpoint.pt")
+
+    def resume(self, label: str, **parts) -> int:
+        """Begin a training, or go on where the checkpoint left it: the steps it has done.
+
+        label: its name in the log; parts: all that training changes (model, optimizer), with
+        `state_dict` and `load_state_dict`: checkpoints hold them until `steps` has ended."""
+        self.label, self.parts, self.step = label, parts, 0
+        saved, self.unfinished = self.unfinished, None
+        if saved and saved["label"] == label:
+            self.step = saved["step"]
+            for name, part in parts.items():
+                part.load_state_dict(saved["parts"][name])
+        else:
+            self.sums, self.count = {}, 0
+        return self.step
 
     def tally(self, **values: Tensor) -> None:
         """Values of this process and step, averaged until the next line of the log."""
@@ -770,32 +793,30 @@ class Run:
                                      f"--out; the last checkpoint is kept")
         return dict(zip(self.sums, values))
 
-    def steps(self, batches: Iterator, start: int, stop: int, images: int, due: Callable,
-              state: Callable, label: str = "train", hint: str = "") -> Iterator:
-        """(step, batch) for the steps of a training loop, whose body calls `tally`.
+    def steps(self, batches: Iterator, stop: int, images: int, due: Callable,
+              hint: str = "") -> Iterator:
+        """(step, batch) for a training loop, whose body calls `tally`, from where `resume` has it.
 
         images: in a step, of all processes; due(done): whether a line of the log and a checkpoint
-        are due after so many steps; state(): what a checkpoint holds, beside the step; hint: shown
-        beside the bar. Saves every `--save-every` minutes too. After SIGTERM or SIGINT it saves at
-        the end of the step and leaves with the conventional exit code."""
-        if start == 0:
-            self.sums, self.count = {}, 0
-        bar = tqdm(batches, label, stop, initial=start, disable=not self.is_main, mininterval=1,
-                   unit=" images", unit_scale=images)
-        self.clock, self.clock_step, self.training = time.monotonic(), start, True
+        are due after so many steps; hint: shown beside the bar. Saves every `--save-every` minutes
+        too. After SIGTERM or SIGINT it saves at the end of the step and leaves with the
+        conventional exit code."""
+        bar = tqdm(batches, self.label, stop, initial=self.step, disable=not self.is_main,
+                   mininterval=1, unit=" images", unit_scale=images)
+        self.clock, self.clock_step, self.training = time.monotonic(), self.step, True
         try:
-            for step, batch in enumerate(bar, start):
+            for step, batch in enumerate(bar, self.step):
                 yield step, batch
-                done = step + 1
+                self.step = done = step + 1
                 if step % 20 == 0:  # between checkpoints the only wait for a GPU
                     shown = ", ".join(f"{k} {v.item():.4g}" for k, v in self.latest.items())
                     bar.set_postfix_str(f"{shown} {hint}", refresh=False)
                     self._reduced()
                 caught, late = self._agree()
                 if due(done):
-                    self._log_means(label, done, images)
+                    self._log_means(images)
                 if due(done) or caught or late:
-                    self.save(state() | {"step": done})
+                    self.save()
                 if caught:
                     bar.close()
                     self._leave(caught)
@@ -804,16 +825,17 @@ class Run:
                 self._leave(caught)
         finally:
             bar.close()
-            self.sums, self.notes, self.count, self.training = {}, {}, 0, False
+            self.sums, self.count, self.notes = {}, 0, {}
+            self.label, self.parts, self.training = None, {}, False
 
-    def _log_means(self, label: str, done: int, images: int) -> None:
+    def _log_means(self, images: int) -> None:
         seconds = time.monotonic() - self.clock
         means = {k: float(f"{v.item() / self.count:.7g}") for k, v in self._reduced().items()}
-        speed = (done - self.clock_step) * images / seconds
-        self.log("train", fit=label, step=done, **means, **self.notes, seconds=round(seconds, 3),
-                 images_per_second=round(speed, 1))
-        self.sums, self.notes, self.count = {}, {}, 0
-        self.clock, self.clock_step = time.monotonic(), done
+        speed = (self.step - self.clock_step) * images / seconds
+        self.log("train", fit=self.label, step=self.step, **means, **self.notes,
+                 seconds=round(seconds, 3), images_per_second=round(speed, 1))
+        self.sums, self.count, self.notes = {}, 0, {}
+        self.clock, self.clock_step = time.monotonic(), self.step
 
     def _agree(self) -> tuple[int, int]:
         """The signal that any process has caught, and whether rank 0's clock wants a save."""
@@ -834,6 +856,34 @@ class Run:
                   file=sys.stderr)
         end_workers()
         raise SystemExit(128 + number)
+
+
+class Best:
+    """Early stopping (Sec. 2.2): the best state of a module, by a score on held-out images."""
+
+    def __init__(self, module: nn.Module, score: float | None = None):
+        """score: of the state that the module is in, if it is known."""
+        self.module, self.score, self.state = module, None, None
+        if score is not None:
+            self.offer(score)
+
+    def offer(self, score: float) -> None:
+        """Keep the state that the module is in, if its score is the highest so far."""
+        if self.score is None or score > self.score:
+            self.score, self.state = score, copy.deepcopy(self.module.state_dict())
+
+    def restore(self) -> float | None:
+        """Put the module back into its best state; that state's score. None, and the module stays
+        as it is, if there is no score."""
+        if self.state:
+            self.module.load_state_dict(self.state)
+        return self.score
+
+    def state_dict(self) -> dict:
+        return dict(score=self.score, state=self.state)
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.score, self.state = saved["score"], saved["state"]
 
 
 def git_commit() -> str | None:

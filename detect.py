@@ -369,7 +369,7 @@ def make_optimizer(args: Namespace, phase: str, model: FasterRCNN) -> torch.opti
 
 
 def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Objects, held_out: Objects,
-        device: torch.device, run: data.Run, state: dict, key: str,
+        device: torch.device, run: data.Run, key: str,
         start_map: float | None = None) -> float | None:
     """Train `model` in place, `frozen`: all but the trunk, or `finetuned`: everything. Returns the
     held-out mAP (None: no held-out images).
@@ -383,28 +383,15 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Objects, held
     batch = min(args.batch_size, len(train_set) // world * world)
     epochs = args.epochs if frozen else args.finetune_epochs
     stop = math.ceil(epochs * len(train_set) / batch)
-    optimizer = make_optimizer(args, phase, model)
-    start, best, best_map = 0, None, -1.0
-    if start_map is not None:
-        best, best_map = copy.deepcopy(model.state_dict()), start_map
-    saved = state.get("fit", {})
-    if saved.get("key") == key:
-        start, best, best_map = state["step"], saved["best"], saved["best_map"]
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-
-    def position() -> dict:
-        fit = dict(key=key, model=model.state_dict(), optimizer=optimizer.state_dict(), best=best,
-                   best_map=best_map)
-        return state | {"fit": fit}
+    optimizer, best = make_optimizer(args, phase, model), data.Best(model, start_map)
+    start = run.resume(key, model=model, optimizer=optimizer, best=best)
 
     ddp, tests = DistributedDataParallel(model), {math.ceil(stop * n / 10) for n in range(1, 11)}
     batches = data.TrainBatches(len(train_set), batch, args.seed, start, stop)
     transform = objects_transform(train=True)
     loader = data.load_batches(train_set, transform, batches, device, args.workers, collate)
     model.train()
-    for step, (images, truths) in run.steps(loader, start, stop, batch, label=key,
-                                            due=tests.__contains__, state=position):
+    for step, (images, truths) in run.steps(loader, stop, batch, due=tests.__contains__):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, stop, 1.0, stop // 10)
         seed = data.derive_seed(args.seed, phase, step + 1)
@@ -422,15 +409,12 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Objects, held
             held_map = mean_ap(model, held_out, device, args.workers)
             model.train()
             run.note(held_out=held_map)
-            if held_map > best_map:
-                best, best_map = copy.deepcopy(model.state_dict()), held_map
-    if best:
-        model.load_state_dict(best)
-    return best_map if best else None
+            best.offer(held_map)
+    return best.restore()
 
 
 def run_phases(args: Namespace, row: str, source: Source, sets: tuple[Objects, Objects, Objects],
-               sizes: dict, bf16: bool, device: torch.device, run: data.Run, state: dict) -> None:
+               sizes: dict, bf16: bool, device: torch.device, run: data.Run) -> None:
     """A row of the table: the phases of Sec. 4.3, one from the other's solution, each tested."""
     train_set, held_out, test_set = sets
     network = source.make(args.seed)
@@ -441,13 +425,13 @@ def run_phases(args: Namespace, row: str, source: Source, sets: tuple[Objects, O
     before = None
     for phase in args.phase:
         key = f"{row}/{phase}"
-        if key in state["done"]:
-            before = state["done"][key]["held_out_map"]
-            if key in state["solution"]:
-                model.load_state_dict(state["solution"][key])
+        if key in run.state["done"]:
+            before = run.state["done"][key]["held_out_map"]
+            if key in run.state["solution"]:
+                model.load_state_dict(run.state["solution"][key])
             continue
         began, weights = time.time(), copy.deepcopy(network.state_dict())
-        before = fit(args, phase, model, train_set, held_out, device, run, state, key, before)
+        before = fit(args, phase, model, train_set, held_out, device, run, key, before)
         if phase == "frozen":
             assert_unchanged(network, weights)
         detections = detect_all(model, test_set, device, args.workers)
@@ -462,12 +446,11 @@ def run_phases(args: Namespace, row: str, source: Source, sets: tuple[Objects, O
                              norm=getattr(network, "norm", None), sizes=sizes,
                              stem=getattr(network, "stem", None), state=model.state_dict())
             save_file(described, run.folder / row / "model.pt")
-        state["done"][key] = result
+        run.state["done"][key] = result
         last = phase == args.phase[-1]
-        state["solution"] = {} if last else {key: copy.deepcopy(model.state_dict())}
-        state.pop("fit", None)  # this training is over
+        run.state["solution"] = {} if last else {key: copy.deepcopy(model.state_dict())}
         run.log("result", **result)
-        run.save(state)
+        run.save()
 
 
 # ---- What is left behind -------------------------------------------------------------------------
@@ -618,7 +601,7 @@ def main(args: Namespace) -> None:
         raise SystemExit(f"{args.data} has {len(train_set)} training images, fewer than processes")
     run = data.Run(args, images=[len(whole), whole.names[0], whole.names[-1]], bf16=bf16,
                    processes=dist.get_world_size(), encoders=data.digests(args.encoder))
-    state = run.state or {"done": {}, "solution": {}}
+    run.state = run.state or {"done": {}, "solution": {}}
     if run.is_main:
         print(f"{len(train_set)} training, {len(held_out)} held-out and {len(test_set)} test "
               f"images, {len(whole.classes)} classes, shorter side {args.side}; {args.batch_size} "
@@ -627,10 +610,9 @@ def main(args: Namespace) -> None:
     names = [source.name for source in sources]
     for n, source in enumerate(sources):
         row = source.name if names.count(source.name) == 1 else f"{source.name}-{n}"
-        run_phases(args, row, source, (train_set, held_out, test_set), sizes, bf16, device, run,
-                   state)
+        run_phases(args, row, source, (train_set, held_out, test_set), sizes, bf16, device, run)
     if run.is_main:
-        print_table(state["done"], test_set.classes)
+        print_table(run.state["done"], test_set.classes)
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ def average_buffers(module: nn.Module) -> None:
 
 
 def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: data.Run,
-        state: dict, start_top1: float | None = None) -> float | None:
+        start_top1: float | None = None) -> float | None:
     """Train `model` in place and return its held-out top-1 (None: no held-out images).
 
     Early stopping (Sec. 2.2): the schedule runs to its end, held-out images are tested ten times
@@ -309,27 +309,13 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
     stop = math.ceil(max(epochs, recipe["min_steps"]))
     constant = isinstance(model.head, LinearProbe)  # paper: A.3 names a learning rate, no schedule
     part = model.head if model.frozen else model  # what is trained, and saved
-    optimizer = make_optimizer(model, stage, recipe)
-    start, best, best_top1 = 0, None, -1.0
-    if start_top1 is not None:
-        best, best_top1 = copy.deepcopy(part.state_dict()), start_top1
-    saved = state.get("fit", {})
-    if saved.get("key") == key:
-        start, best, best_top1 = state["step"], saved["best"], saved["best_top1"]
-        part.load_state_dict(saved["part"])
-        optimizer.load_state_dict(saved["optimizer"])
+    optimizer, best = make_optimizer(model, stage, recipe), data.Best(part, start_top1)
+    start = run.resume(key, model=part, optimizer=optimizer, best=best)
 
     ddp, tests = DistributedDataParallel(model), {math.ceil(stop * n / 10) for n in range(1, 11)}
-    model.train()
-
-    def position() -> dict:
-        fit = dict(key=key, part=part.state_dict(), optimizer=optimizer.state_dict(), best=best,
-                   best_top1=best_top1)
-        return state | {"fit": fit}
-
     batches = cell.train_batches(batch, start, stop)
-    for step, (inputs, labels) in run.steps(batches, start, stop, batch, label=key,
-                                            due=tests.__contains__, state=position):
+    model.train()
+    for step, (inputs, labels) in run.steps(batches, stop, batch, due=tests.__contains__):
         rate = 1.0 if constant else learning_rate(step, stop, 1.0, stop // 10)
         optimizer.param_groups[0]["lr"] = recipe["lr"] * rate
         torch.manual_seed(data.derive_seed(cell.seed, "drop-out", step + 1, dist.get_rank()))
@@ -347,14 +333,11 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
                 top1, _ = cell.accuracy(model, cell.held_out, "held-out")
                 model.train()
                 run.note(held_out=top1)
-                if top1 > best_top1:
-                    best, best_top1 = copy.deepcopy(part.state_dict()), top1
-    if best:
-        part.load_state_dict(best)
-    return best_top1 if best else None
+                best.offer(top1)
+    return best.restore()
 
 
-def choose_recipe(cell: Cell, recipe: dict, trials: int, run: data.Run, state: dict) -> dict:
+def choose_recipe(cell: Cell, recipe: dict, trials: int, run: data.Run) -> dict:
     """`--sweep`: of `trials` recipes, this one and variants of it, the one with the best held-out
     top-1 of the first stage. A trial that diverges loses; none sees a test image."""
     recipes = [recipe] + [variant(recipe, n) for n in range(1, trials)]
@@ -362,33 +345,32 @@ def choose_recipe(cell: Cell, recipe: dict, trials: int, run: data.Run, state: d
     for n, trial in enumerate(recipes):
         stage = "scratch" if cell.row.supervised else "frozen"
         key = f"{cell.row.encoder}/{cell.row.arch}/{stage}/{cell.labels:g}/trial {n}"
-        if key not in state["done"]:
+        if key not in run.state["done"]:
             model = build_classifier(cell, trial["dropout"])
             try:
-                top1 = fit(cell, model, trial, stage, key, run, state)
+                top1 = fit(cell, model, trial, stage, key, run)
             except FloatingPointError:
                 top1 = -1.0
-            state["done"][key] = dict(held_out_top1=top1, recipe=trial)
-            state.pop("fit", None)  # this training is over
+            run.state["done"][key] = dict(held_out_top1=top1, recipe=trial)
             run.log("trial", fit=key, held_out_top1=top1, recipe=trial)
-            run.save(state)
-        scores.append(state["done"][key]["held_out_top1"])
+            run.save()
+        scores.append(run.state["done"][key]["held_out_top1"])
     return recipes[scores.index(max(scores))]
 
 
-def run_stage(cell: Cell, model: Classifier, recipe: dict, stage: str, run: data.Run, state: dict,
+def run_stage(cell: Cell, model: Classifier, recipe: dict, stage: str, run: data.Run,
               before: dict | None = None, keep: bool = False) -> dict:
     """One stage of a cell: train, test, and log a `result`, which it returns. What the run has
     done already is not trained again: `model` then has the weights of its head if they were kept
     for the next stage (keep), and else stays as it is. before: the result of the stage before."""
     key = f"{cell.row.encoder}/{cell.row.arch}/{stage}/{cell.labels:g}/seed {cell.seed}"
-    if key in state["done"]:
-        if key in state["solution"]:
-            model.head.load_state_dict(state["solution"][key])
-        return state["done"][key]
+    if key in run.state["done"]:
+        if key in run.state["solution"]:
+            model.head.load_state_dict(run.state["solution"][key])
+        return run.state["done"][key]
     began, weights = time.time(), copy.deepcopy(model.encoder.state_dict())
     start_top1 = before["held_out_top1"] if before else None
-    held_top1 = fit(cell, model, recipe, stage, key, run, state, start_top1)
+    held_top1 = fit(cell, model, recipe, stage, key, run, start_top1)
     if model.frozen:
         assert_unchanged(model.encoder, weights)
     if before and held_top1 is not None and held_top1 == start_top1:
@@ -402,24 +384,23 @@ def run_stage(cell: Cell, model: Classifier, recipe: dict, stage: str, run: data
         seconds=round(time.time() - began, 1))
     if run.is_main and cell.row.supervised and cell.row.patch:
         save_trunk(cell, model.encoder, run.folder)
-    state["done"][key] = result
-    state["solution"] = {key: copy.deepcopy(model.head.state_dict())} if keep else {}
-    state.pop("fit", None)  # this training is over
+    run.state["done"][key] = result
+    run.state["solution"] = {key: copy.deepcopy(model.head.state_dict())} if keep else {}
     run.log("result", **result)
-    run.save(state)
+    run.save()
     return result
 
 
-def classify(cell: Cell, recipe: dict, run: data.Run, state: dict) -> None:
+def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
     """A cell of the table (Sec. 2.2)."""
     args, model = cell.args, build_classifier(cell, recipe["dropout"])
     if cell.row.supervised:
-        run_stage(cell, model, recipe, "scratch", run, state)
+        run_stage(cell, model, recipe, "scratch", run)
         return
 
     # "keep the feature extractor f_theta fixed": psi* on the latents of theta*
     two_stages = args.head == "resnet"
-    frozen = run_stage(cell, model, recipe, "frozen", run, state, keep=two_stages)
+    frozen = run_stage(cell, model, recipe, "frozen", run, keep=two_stages)
 
     # "initialize the feature extractor and classifier with the solutions theta*, psi* found in
     # the previous learning phase, and train them both", with "a smaller learning rate and
@@ -429,7 +410,7 @@ def classify(cell: Cell, recipe: dict, run: data.Run, state: dict) -> None:
         longer = args.finetune_epochs / args.epochs
         slower = recipe | dict(lr=args.finetune_lr, epochs=args.finetune_epochs,
                                min_steps=longer * recipe["min_steps"])
-        run_stage(cell, model, slower, "finetuned", run, state, before=frozen)
+        run_stage(cell, model, slower, "finetuned", run, before=frozen)
 
 
 def save_trunk(cell: Cell, encoder: Encoder, folder: Path) -> None:
@@ -652,7 +633,7 @@ def main(args: Namespace) -> None:
                 for _, chosen, _ in columns[args.seed]]
     run = data.Run(args, images=data.summary_of(train_set), bf16=bf16, labelled=labelled,
                    processes=dist.get_world_size(), encoders=data.digests(args.encoder))
-    state = run.state or {"done": {}, "solution": {}}
+    run.state = run.state or {"done": {}, "solution": {}}
     if run.is_main:
         for seed in seeds:
             write_lists(run.folder, train_set, seed, columns[seed])
@@ -672,11 +653,11 @@ def main(args: Namespace) -> None:
                 if args.sweep:  # on the first seed's labels, for all seeds
                     where = row.encoder, row.arch, row.supervised, share
                     if where not in recipes:
-                        recipes[where] = choose_recipe(cell, recipe, args.sweep, run, state)
+                        recipes[where] = choose_recipe(cell, recipe, args.sweep, run)
                     recipe = recipes[where]
-                classify(cell, recipe, run, state)
+                classify(cell, recipe, run)
     if run.is_main:
-        results = [result for result in state["done"].values() if "top1" in result]
+        results = [result for result in run.state["done"].values() if "top1" in result]
         print_tables(results, classes, len(test_set))
 
 

@@ -690,11 +690,17 @@ def make_run(folder, **flags):
 RECIPE = dict(epochs=4, min_steps=0, batch_size=8, lr=0.05, weight_decay=0.0, dropout=0.0)
 
 
-def classify(cell, folder, state=None):
+def make_eval_run(folder):
+    run = make_run(folder)
+    run.state = run.state or {"done": {}, "solution": {}}
+    return run
+
+
+def classify(cell, folder):
     """One cell of the table: its results."""
-    run, state = make_run(folder), {"done": {}, "solution": {}} if state is None else state
-    evaluation.classify(cell, RECIPE, run, state)
-    return list(state["done"].values())
+    run = make_eval_run(folder)
+    evaluation.classify(cell, RECIPE, run)
+    return list(run.state["done"].values())
 
 
 @pytest.mark.parametrize("encoder_file", ["layer", "batch"], indirect=True)
@@ -834,12 +840,11 @@ def test_supervised_rows(encoder_file):
 
 def test_a_supervised_encoder_may_be_a_trunk(encoder_file, tmp_path):
     """Table 3's other row: what `patched` has learned is a file for --encoder, by its own name."""
-    cell, state = make_cell(encoder_file, "--head", "none", "--supervised", "patched"), {}
-    state |= {"done": {}, "solution": {}}
-    classify(cell, tmp_path / "run", state)
+    cell = make_cell(encoder_file, "--head", "none", "--supervised", "patched")
+    classify(cell, tmp_path / "run")
     file = str(tmp_path / "run" / "patched-0.1-seed-0.pt")
     before = Path(file).read_bytes()
-    classify(cell, tmp_path / "run", state)  # done: nothing is trained, and nothing written
+    classify(cell, tmp_path / "run")  # done: nothing is trained, and nothing written
     assert Path(file).read_bytes() == before
     (found,) = detect.parse_args(["--encoder", file]).sources
     learned, fresh = found.make(0).state_dict(), cell.row.make(0).state_dict()
@@ -861,8 +866,7 @@ def test_sweep_selects_by_held_out_images_alone(encoder_file, tmp_path, monkeypa
         return held[trial]
 
     def chosen(name):
-        state = {"done": {}, "solution": {}}
-        return evaluation.choose_recipe(cell, RECIPE, 3, make_run(tmp_path / name), state)
+        return evaluation.choose_recipe(cell, RECIPE, 3, make_eval_run(tmp_path / name))
 
     cell = make_cell(encoder_file, "--labels", "0.1")
     monkeypatch.setattr(evaluation, "fit", fit)
@@ -1077,9 +1081,9 @@ def test_one_image_is_learned_and_the_frozen_trunk_is_not_touched(encoder_file, 
     one = detect.Part(detect.load_objects(str(voc), "train", 64), [0])
     nothing, run = detect.Part(one, []), make_run(tmp_path / "run")
     before = copy.deepcopy(network.state_dict())
-    detect.fit(args, "frozen", model, one, nothing, CPU, run, {}, "a")
+    detect.fit(args, "frozen", model, one, nothing, CPU, run, "a")
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
-    detect.fit(args, "finetuned", model, one, nothing, CPU, run, {}, "b")
+    detect.fit(args, "finetuned", model, one, nothing, CPU, run, "b")
     moved = [not torch.equal(v, before[k]) for k, v in network.state_dict().items() if "conv" in k]
     assert all(moved)
     assert model.roi_heads.box_roi_pool.scales == [1 / 4]  # torchvision's guess: the trunk's stride
@@ -1099,7 +1103,7 @@ def test_detection_stops_early(encoder_file, voc, tmp_path, monkeypatch):
     monkeypatch.setattr(detect, "mean_ap", mean_ap)
     run = make_run(tmp_path / "run")
     for phase, start in (("frozen", None), ("finetuned", 70)):
-        best = detect.fit(args, phase, model, one, one, CPU, run, {}, phase, start)
+        best = detect.fit(args, phase, model, one, one, CPU, run, phase, start)
         assert best == 70
         assert all(torch.equal(v, states[3][k]) for k, v in model.state_dict().items())
     assert len(states) == 20
@@ -1138,9 +1142,10 @@ def test_what_a_run_may_continue(tmp_path):
     with pytest.raises(SystemExit, match="holds a run with seed 0, not 1"):
         make_run(out, seed=1)
     run.log("train", step=1)
-    run.save({"step": 1})
+    run.state["done"] = 1
+    run.save()
     run.log("train", step=2)  # after the last checkpoint: it will be done again
-    assert make_run(out, seed=0, workers=3).state == {"step": 1}
+    assert make_run(out, seed=0, workers=3).state == {"done": 1}
     assert [line["step"] for line in events(out, "train")] == [1]
     with pytest.raises(SystemExit, match="holds a run with seed 0, not 1"):
         make_run(out, seed=1)
@@ -1173,10 +1178,10 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     assert done.returncode == 1 and "another run is writing to" in done.stderr.splitlines()[-1]
 
 
-def steps_of(run, values, start=0, due=(4,), label="train", after=None):
+def steps_of(run, values, label="train", after=None):
     """A training whose loss takes these values; `after(step)` is called in each step's body."""
-    for step, value in run.steps(values[start:], start, len(values), 1, due=due.__contains__,
-                                 state=dict, label=label):
+    start = run.resume(label)
+    for step, value in run.steps(values[start:], len(values), 1, due=lambda done: done == 4):
         run.tally(loss=torch.tensor(float(value)))
         if after:
             after(step)
@@ -1193,9 +1198,8 @@ def test_a_save_changes_no_logged_mean(tmp_path):
     with pytest.raises(SystemExit) as end:
         steps_of(make_run(tmp_path / "b"), [1, 2, 3, 6], after=stop)
     assert end.value.code == 143
-    again = make_run(tmp_path / "b")
-    assert again.state["step"] == 2
-    steps_of(again, [1, 2, 3, 6], start=2)
+    assert make_run(tmp_path / "b").resume("train") == 2
+    steps_of(make_run(tmp_path / "b"), [1, 2, 3, 6])
     (a,), (b,) = events(tmp_path / "a", "train"), events(tmp_path / "b", "train")
     assert a["loss"] == b["loss"] == 3 and a["step"] == b["step"] == 4
 
@@ -1203,10 +1207,10 @@ def test_a_save_changes_no_logged_mean(tmp_path):
 def test_a_signal_during_the_last_save_is_not_forgotten(tmp_path):
     run = make_run(tmp_path)
     save = run.save
-    run.save = lambda state: (save(state), os.kill(os.getpid(), signal.SIGTERM))
+    run.save = lambda: (save(), os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as end:
         steps_of(run, [1, 2, 3, 4])
-    assert end.value.code == 143 and make_run(tmp_path).state["step"] == 4
+    assert end.value.code == 143 and make_run(tmp_path).resume("train") == 4
 
 
 def test_what_is_not_finite_is_never_saved(tmp_path):
@@ -1215,15 +1219,16 @@ def test_what_is_not_finite_is_never_saved(tmp_path):
     for values in ([1, math.nan, 3, 4], [1, 2, 3, math.inf]):
         with pytest.raises(FloatingPointError, match="not finite.*lower --lr, in another --out"):
             steps_of(run, values)
-    assert make_run(tmp_path).state["step"] == 4 and len(events(tmp_path, "train")) == 1
-    run.save({"step": 5})  # a sweep goes on after a trial that diverged
-    assert make_run(tmp_path).state["step"] == 5
+    assert make_run(tmp_path).resume("train") == 4 and len(events(tmp_path, "train")) == 1
+    run.state["done"] = 1
+    run.save()  # a sweep goes on after a trial that diverged
+    assert make_run(tmp_path).state == {"done": 1} and make_run(tmp_path).resume("train") == 0
 
 
 def test_checkpoints_come_by_the_clock_too(tmp_path):
     run = make_run(tmp_path)
     run.save_seconds, saves, save = 0, [], run.save
-    run.save = lambda state: saves.append(state["step"]) or save(state)
+    run.save = lambda: saves.append(run.step) or save()
     steps_of(run, [1, 2, 3, 4])
     assert saves == [1, 2, 3, 4]
 
@@ -1640,10 +1645,10 @@ def leaves(x):
 
 def outcome(folder):
     """All that a run has learned: the leaves of its last state, but for the time it took."""
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
-    for result in state.get("done", {}).values():
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for result in saved["state"].get("done", {}).values():
         result.pop("seconds", None)
-    return leaves(state)
+    return leaves([saved["state"], saved["training"]])
 
 
 def test_continuing_is_exact(trained, folder, tmp_path):
