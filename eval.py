@@ -25,7 +25,6 @@ import zlib
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +39,7 @@ from torchvision.transforms import v2
 import data
 from data import learning_rate, number
 from resnet import (ARCHITECTURES, STEMS, Bottleneck, Encoder, Source, assert_unchanged,
-                    find_encoders, new_network, save_encoder)
+                    find_encoders, save_encoder)
 
 # ---- Classifiers h_psi: latents [B, D, G, G] -> logits [B, classes] ------------------------------
 
@@ -130,13 +129,13 @@ def find_rows(args: Namespace, sources: list[Source]) -> list[Row]:
     for name in args.supervised:
         if not name.startswith("patched"):  # A.4: ResNet v2, with batch norm, on whole images
             arch, _, stem = name.partition(":")
-            make = partial(new_network, Encoder, (arch, "batch", stem or None))
-            rows.append(Row("pixels", name, make, args.crop, supervised=True))
+            source = Source("pixels", name, Encoder, (arch, "batch", stem or None))
+            rows.append(Row(source.name, source.arch, source.make, args.crop, supervised=True))
         elif file:  # Sec. 4.1: CPC's own encoder: 66.4 % with batch norm, 62.5 % without
             norm = "none" if name == "patched-none" else "batch"
-            make = partial(new_network, Encoder, (file["arch"], norm, file["stem"]))
+            source = Source(name, file["arch"], Encoder, (file["arch"], norm, file["stem"]))
             geometry = file["crop"], file["patch"], file["stride"]
-            rows.append(Row(name, file["arch"], make, *geometry, supervised=True))
+            rows.append(Row(source.name, source.arch, source.make, *geometry, supervised=True))
         else:
             raise SystemExit(f"{name} takes architecture and patches from an encoder.pt: name one "
                              f"in --encoder")

@@ -8,10 +8,7 @@ that crosses from cpc.py to eval.py and detect.py, so it says everything about i
 Shapes: N patches or images, B batch, G grid side, P patch side, D channels of the last stack.
 """
 
-import copy
 import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -286,19 +283,18 @@ class Source(NamedTuple):
 
     name: str  # "cpc", "random", "torchvision", or "patched", which eval.py has trained on labels
     arch: str
-    make: Callable[[int], nn.Module]  # seed -> a new network
+    network: type[nn.Module]
+    arguments: tuple  # of `network`
+    weights: dict | None = None  # a state_dict; None: random weights
     file: dict | None = None  # what encoder.pt says beside the weights
 
-
-def new_network(build: Callable[..., nn.Module], arguments: tuple, seed: int) -> nn.Module:
-    """A network whose random weights are a function of the seed: cpc.py starts from the same."""
-    torch.manual_seed(seed)
-    return build(*arguments)
-
-
-def trained_network(encoder: nn.Module, seed: int) -> nn.Module:
-    """A copy of an encoder that has been read from a file; the seed changes nothing."""
-    return copy.deepcopy(encoder)
+    def make(self, seed: int) -> nn.Module:
+        """A new network. Random weights are a function of the seed: cpc.py starts from the same."""
+        torch.manual_seed(seed)
+        network = self.network(*self.arguments)
+        if self.weights:
+            network.load_state_dict(self.weights)
+        return network
 
 
 def find_encoders(names: list[str], last: str = "layer4") -> list[Source]:
@@ -316,23 +312,22 @@ def find_encoders(names: list[str], last: str = "layer4") -> list[Source]:
             encoder, file = files[name]
             kind = file["trained"].get("supervised", "cpc")
             arch = file["arch"] if len(files) == 1 else f"{file['arch']} {name}"
-            sources.append(Source(kind, arch, partial(trained_network, encoder), file))
+            network = encoder.arch, encoder.norm, encoder.stem
+            sources.append(Source(kind, arch, Encoder, network, encoder.state_dict(), file))
         elif name == "random":
             if not files:
                 raise SystemExit("--encoder random takes its architecture from an encoder.pt: "
                                  "name one beside it")
             _, file = next(iter(files.values()))
-            arguments = (file["arch"], file["norm"], file["stem"])
-            make = partial(new_network, Encoder, arguments)
-            sources.append(Source("random", file["arch"], make, file))
+            network = file["arch"], file["norm"], file["stem"]
+            sources.append(Source("random", file["arch"], Encoder, network, file=file))
         else:
             _, model, *weights = name.split(":", 2)
             if model not in models.list_models(models, include="resnet*"):
                 raise SystemExit(f"--encoder {name}: torchvision has no such ResNet")
-            arguments = (model, weights[0] if weights else None, last)
-            make = partial(new_network, TorchvisionResNet, arguments)
-            make(0)  # so that weights that do not fit are refused at once
-            sources.append(Source("torchvision", name.split(":", 1)[1], make))
+            network = model, weights[0] if weights else None, last
+            sources.append(Source("torchvision", name.split(":", 1)[1], TorchvisionResNet, network))
+            sources[-1].make(0)  # so that weights that do not fit are refused at once
     return sources
 
 
