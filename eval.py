@@ -474,7 +474,7 @@ DEFAULTS = {
                    held_out=0.02, distort=True, finetune_epochs=50, finetune_lr=1e-4),
 }
 # ours: with an encoder of a million parameters or less, a few hundred steps
-SMALL_ENCODERS = ("tiny", "small")
+SMALL_ENCODERS = ("tiny", "small", "shallow")
 SMALL = {
     "linear": dict(epochs=10, batch_size=64, lr=5e-3),
     "resnet": dict(epochs=5, min_steps=450, batch_size=32, held_out=0.05, finetune_epochs=5,

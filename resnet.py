@@ -34,7 +34,9 @@ ARCHITECTURES = {
     "resnet50": ((3, 4, 6, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
     "resnet101": ((3, 4, 23, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
     "resnet152": ((3, 8, 36, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
-    # ours: for a CPU. `tiny` is for the tests and `--tiny`, `small` has a million parameters.
+    # ours: for a CPU. `tiny` is for the tests and `--tiny`; `small` and `shallow` have nearly a
+    # million parameters, for photos.
+    "shallow": ((1, 1, 1), (128, 256, 512), (64, 128, 128), "7x7"),
     "small": ((2, 2, 2), (128, 256, 512), (32, 64, 128), "3x3"),
     "tiny": ((1, 1, 1), (64, 128, 256), (32, 32, 64), "3x3"),
 }
