@@ -18,7 +18,6 @@ Shapes: R regions, D latent channels, H W an image's sides.
 
 import copy
 import math
-import os
 import time
 from argparse import Namespace
 from operator import itemgetter
@@ -31,13 +30,12 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision import datasets, tv_tensors
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.models.segmentation import FCN_ResNet50_Weights
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
@@ -101,7 +99,8 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
     classes: without the background; side: shorter side of test images, pixels; proposals: from the
     region proposal network at test time; regions: trained on, of an image."""
     D = encoder.out_channels
-    sizes = tuple(max(1, round(side * 2 ** n / 15)) for n in range(5))  # 32 to 512 at side 480
+    # Ren et al. 2015, at other sides in proportion
+    sizes = tuple(round(pixels * side / 480) for pixels in (32, 64, 128, 256, 512))
     anchors = AnchorGenerator((sizes,), ((0.5, 1.0, 2.0),))
     width = min(D, 512)  # Ren et al. 2015: 512; torchvision's keeps D
     rpn_head = RPNHead(width, anchors.num_anchors_per_location()[0])
@@ -113,10 +112,10 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
     # paper: Sec. 2.2, "scale-augmentation (Doersch et al., 2015)", who draw 150 to 450 thousand
     # pixels: of a 4:3 image with a short side of 480, 154 to 461. torchvision's detector draws one
     # of these short sides in training and takes the last at test time.
-    areas = [0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.0]
-    sides = [round(side * math.sqrt(area)) for area in areas]
+    areas = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5)
+    training_sides = [round(side * math.sqrt(area)) for area in areas]
     return FasterRCNN(
-        Trunk(encoder, bf16), min_size=sides, max_size=round(2.5 * side),
+        Trunk(encoder, bf16), min_size=[*training_sides, side], max_size=round(2.5 * side),
         image_mean=(0.0,) * 3, image_std=(1.0,) * 3,
         rpn_anchor_generator=anchors, rpn_head=rpn_head, rpn_post_nms_top_n_test=proposals,
         box_roi_pool=MultiScaleRoIAlign(["0"], cells, 2), box_head=Conv5(D, channels, bf16),
@@ -129,27 +128,17 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
 # ---- Images with boxes ---------------------------------------------------------------------------
 
 
-class Objects(Dataset):
-    """Images with boxes. item: (PIL image or uint8 tensor, truth), with truth as `truth(index)` has
-    it; names: the images', as VOC's devkit wants them."""
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, dict]:
-        image, truth = self.image(index), self.truth(index)
-        size = v2.functional.get_size(image)
-        boxes = tv_tensors.BoundingBoxes(truth["boxes"], format="XYXY", canvas_size=size)
-        return image, truth | {"boxes": boxes}
+def with_truth(image: Image.Image | Tensor, boxes: Tensor, labels: list[int],
+               difficult: list[bool]) -> tuple:
+    """An item: an image, and a dict of boxes float32 [n, 4], x1 y1 x2 y2 in pixels, labels int64
+    [n], from 1, and difficult bool [n]."""
+    size = v2.functional.get_size(image)
+    boxes = tv_tensors.BoundingBoxes(boxes.view(-1, 4), format="XYXY", canvas_size=size)
+    return image, {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64),
+                   "difficult": torch.tensor(difficult, dtype=torch.bool)}
 
 
-def make_truth(boxes: Tensor, labels: list[int], difficult: list[bool]) -> dict[str, Tensor]:
-    """boxes: float32 [n, 4], x1 y1 x2 y2 in pixels; labels: int64 [n], from 1; difficult: [n]."""
-    return {"boxes": boxes.view(-1, 4), "labels": torch.tensor(labels, dtype=torch.int64),
-            "difficult": torch.tensor(difficult, dtype=torch.bool)}
-
-
-class ShapesObjects(Objects):
+class ShapesObjects(Dataset):
     """The embedded data set: every object of an image is of the image's class."""
 
     def __init__(self, split: str, size: int):
@@ -159,21 +148,23 @@ class ShapesObjects(Objects):
         count = len(self.shapes) if split == "train" else 200
         self.names = [f"{i:05d}" for i in range(count)]
 
-    def image(self, index: int) -> Tensor:
-        return self.shapes[index][0]
+    def __len__(self) -> int:
+        return len(self.names)
 
-    def truth(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
+        image, label = self.shapes[index]
         boxes = self.shapes.boxes(index)
-        label = 1 + index % len(self.classes)
-        return make_truth(boxes, [label] * len(boxes), [False] * len(boxes))
+        return with_truth(image, boxes, [1 + label] * len(boxes), [False] * len(boxes))
 
 
-class VOCObjects(Objects):
+class VOCObjects(Dataset):
     """VOC 2007's list "trainval" or "test" below `root`. VOC counts pixels from 1 and its boxes
     hold their last ones: (x1, y1, x2, y2) of its files is (x1 - 1, y1 - 1, x2, y2) here, so that
-    x2 - x1 is a width. Exits with one line if a file that the list names is missing or damaged."""
+    x2 - x1 is a width. names: the images', as VOC's devkit wants them."""
 
-    classes = FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]  # VOC's twenty, no background
+    classes = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+               "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant",
+               "sheep", "sofa", "train", "tvmonitor"]
 
     def __init__(self, root: Path, which: str):
         names = root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{which}.txt"
@@ -181,50 +172,23 @@ class VOCObjects(Objects):
             raise SystemExit(f"no {names}: pass --data DIR with VOCdevkit/VOC2007 in it, or "
                              f"--data shapes")
         self.voc = datasets.VOCDetection(root, "2007", which)
-        missing = [path for path in self.voc.images if not os.path.isfile(path)]
-        if missing:
-            raise SystemExit(f"{len(missing)} images of VOC's {which} are missing: {missing[0]}")
         self.names = [Path(path).stem for path in self.voc.images]
-        self.objects = [self._parse(path) for path in self.voc.annotations]  # all, before any work
 
-    def _parse(self, path: str) -> tuple[list, list, list]:
-        """Boxes, labels and difficult, as numbers: a worker is sent each tensor as a file."""
-        boxes, labels, difficult = [], [], []
-        try:
-            annotation = self.voc.parse_voc_xml(ElementTree.parse(path).getroot())["annotation"]
-            for thing in annotation.get("object", []):
-                corners = thing["bndbox"]
-                x1, y1, x2, y2 = (float(corners[k]) for k in ("xmin", "ymin", "xmax", "ymax"))
-                boxes.append((x1 - 1, y1 - 1, x2, y2))
-                labels.append(1 + self.classes.index(thing["name"]))
-                difficult.append(thing.get("difficult") == "1")
-        except (OSError, SyntaxError, LookupError, TypeError, ValueError) as error:
-            raise SystemExit(f"{path} is no annotation of VOC 2007: {type(error).__name__} {error}")
-        return boxes, labels, difficult
+    def __len__(self) -> int:
+        return len(self.names)
 
-    def image(self, index: int) -> Image.Image:
-        return data.read_image(self.voc.images[index])
-
-    def truth(self, index: int) -> dict[str, Tensor]:
-        boxes, labels, difficult = self.objects[index]
-        return make_truth(torch.tensor(boxes), labels, difficult)
+    def __getitem__(self, index: int) -> tuple[Image.Image, dict]:
+        root = ElementTree.parse(self.voc.annotations[index]).getroot()
+        things = self.voc.parse_voc_xml(root)["annotation"].get("object", [])
+        corners = [[float(thing["bndbox"][k]) for k in ("xmin", "ymin", "xmax", "ymax")]
+                   for thing in things]
+        boxes = torch.tensor(corners).view(-1, 4) - torch.tensor([1.0, 1.0, 0.0, 0.0])
+        labels = [1 + self.classes.index(thing["name"]) for thing in things]
+        difficult = [thing.get("difficult") == "1" for thing in things]
+        return with_truth(data.read_image(self.voc.images[index]), boxes, labels, difficult)
 
 
-class Part(Objects):
-    """Some of the images of another set."""
-
-    def __init__(self, whole: Objects, indices: list[int]):
-        self.whole, self.indices, self.classes = whole, indices, whole.classes
-        self.names = [whole.names[i] for i in indices]
-
-    def image(self, index: int) -> Image.Image | Tensor:
-        return self.whole.image(self.indices[index])
-
-    def truth(self, index: int) -> dict[str, Tensor]:
-        return self.whole.truth(self.indices[index])
-
-
-def load_objects(name: str, split: str, size: int) -> Objects:
+def load_objects(name: str, split: str, size: int) -> ShapesObjects | VOCObjects:
     """Sec. 4.3. name: "shapes", of `size` pixels, "voc2007", downloaded, or a folder that holds
     VOCdevkit/VOC2007; split: "train" (VOC's trainval) or "test"."""
     if name == "shapes":
@@ -233,16 +197,11 @@ def load_objects(name: str, split: str, size: int) -> Objects:
     root = Path(name)
     if name == "voc2007":
         root = data.DOWNLOADS
-        there = (root / "VOCdevkit/VOC2007/ImageSets/Main" / f"{which}.txt").is_file()
-        if not there:  # torchvision would unpack it again
-            data.download(name, lambda fetch: datasets.VOCDetection(root, "2007", which,
-                                                                    download=fetch))
+        names = root / "VOCdevkit/VOC2007/ImageSets/Main" / f"{which}.txt"
+        # torchvision would unpack again what is there
+        data.download(name, lambda fetch: datasets.VOCDetection(
+            root, "2007", which, download=fetch and not names.is_file()))
     return data.from_first(lambda: VOCObjects(root, which))
-
-
-def removed_with_box(item: tuple) -> tuple[Tensor, Tensor]:
-    """What SanitizeBoundingBoxes removes together with a box."""
-    return item[1]["labels"], item[1]["difficult"]
 
 
 def objects_transform(train: bool) -> v2.Compose:
@@ -251,8 +210,7 @@ def objects_transform(train: bool) -> v2.Compose:
     the image are left out."""
     steps = []
     if train:
-        steps = [v2.RandomHorizontalFlip(), v2.ClampBoundingBoxes(),
-                 v2.SanitizeBoundingBoxes(labels_getter=removed_with_box)]
+        steps = [v2.RandomHorizontalFlip(), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
@@ -289,33 +247,36 @@ def average_precision(detections: list[dict], truths: list[dict], label: int,
     A detection is right if its IoU with the object of its class that it overlaps most is at least
     `threshold`, and if no better one has found this object before. That of a `difficult` object
     is ignored. detections: boxes [n, 4], labels [n], scores [n] of each image."""
-    ranked, positives = [], 0  # ranked: (score, IoU, object, whether that is difficult)
+    candidates, positives = [], 0
     for image, (found, truth) in enumerate(zip(detections, truths, strict=True)):
         mine, true = found["labels"] == label, truth["labels"] == label
         difficult = truth["difficult"][true]
         positives += int((~difficult).sum())
-        for score, ious in zip(found["scores"][mine].tolist(),
-                               box_iou(found["boxes"][mine], truth["boxes"][true])):
-            if len(ious):
-                n = int(ious.argmax())
-                ranked.append((score, float(ious[n]), (image, n), bool(difficult[n])))
-            else:
-                ranked.append((score, 0.0, None, False))
+        ious = box_iou(found["boxes"][mine], truth["boxes"][true])  # [n, objects]
+        for score, row in zip(found["scores"][mine].tolist(), ious):
+            candidate = dict(score=score, object=None)
+            if len(row) and row.max() >= threshold:
+                n = int(row.argmax())
+                candidate |= dict(object=(image, n), difficult=bool(difficult[n]))
+            candidates.append(candidate)
     if not positives:
         return None
-    ranked.sort(key=itemgetter(0), reverse=True)
+    candidates.sort(key=itemgetter("score"), reverse=True)
     hits, taken = [], set()
-    for _, iou, thing, is_difficult in ranked:
-        if iou < threshold:
+    for candidate in candidates:
+        if candidate["object"] is None:
             hits.append(0)
-        elif not is_difficult:
-            hits.append(int(thing not in taken))
-            taken.add(thing)
+        elif not candidate["difficult"]:
+            hits.append(int(candidate["object"] not in taken))
+            taken.add(candidate["object"])
     true_positives = torch.tensor(hits, dtype=torch.float64).cumsum(0)
     recall = true_positives / positives
     precision = true_positives / torch.arange(1, len(hits) + 1)
-    best = [precision[recall >= tenth / 10 - 1e-9] for tenth in range(11)]
-    return sum(p.max().item() for p in best if len(p)) / 11
+    best = []
+    for tenth in range(11):
+        reached = precision[recall >= tenth / 10 - 1e-9]
+        best.append(reached.max().item() if len(reached) else 0.0)
+    return sum(best) / 11
 
 
 def average_precisions(detections: list[dict], truths: list[dict], classes: list[str]) -> dict:
@@ -332,27 +293,26 @@ def average_precisions(detections: list[dict], truths: list[dict], classes: list
 
 
 @torch.no_grad()
-def detect_all(model: FasterRCNN, objects: Objects, device: torch.device,
-               workers: int | None) -> list[dict]:
-    """Every image's detections, from all processes, each image once: boxes in its own pixels."""
+def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
+               workers: int | None) -> tuple[list[dict], list[dict]]:
+    """Every image's detections, boxes in its own pixels, and its truth; from all processes."""
     model.eval()
     batches, world = data.TestBatches(len(objects), 1), dist.get_world_size()
     transform = objects_transform(train=False)
-    found = []
-    for images, _ in data.load_batches(objects, transform, batches, device, workers, collate):
-        (one,) = model(prepare(images, device))
-        found.append({k: v.cpu() for k, v in one.items()})
+    pairs = []
+    for images, truths in data.load_batches(objects, transform, batches, device, workers, collate):
+        both = *model(prepare(images, device)), *truths
+        pairs.append([{k: v.as_subclass(Tensor).cpu() for k, v in one.items()} for one in both])
     shares = [None] * world
-    dist.all_gather_object(shares, found)
-    return [shares[i % world][i // world] for i in range(len(objects))]
+    dist.all_gather_object(shares, pairs)
+    pairs = [shares[i % world][i // world] for i in range(len(objects))]
+    return tuple(map(list, zip(*pairs)))
 
 
-def mean_ap(model: FasterRCNN, objects: Objects, device: torch.device,
+def mean_ap(model: FasterRCNN, objects: Dataset, classes: list[str], device: torch.device,
             workers: int | None) -> float:
     """mAP on some images, in percent."""
-    detections = detect_all(model, objects, device, workers)
-    truths = [objects.truth(i) for i in range(len(objects))]
-    return average_precisions(detections, truths, objects.classes)["mAP"]
+    return average_precisions(*detect_all(model, objects, device, workers), classes)["mAP"]
 
 
 def make_optimizer(args: Namespace, phase: str, model: FasterRCNN) -> torch.optim.Optimizer:
@@ -368,14 +328,11 @@ def make_optimizer(args: Namespace, phase: str, model: FasterRCNN) -> torch.opti
     return torch.optim.AdamW(groups, weight_decay=args.weight_decay)
 
 
-def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Objects, held_out: Objects,
+def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_out: Subset,
         device: torch.device, run: data.Run, key: str,
         start_map: float | None = None) -> float | None:
     """Train `model` in place, `frozen`: all but the trunk, or `finetuned`: everything. Returns the
-    held-out mAP (None: no held-out images).
-
-    Held-out images are tested ten times along the way, and the best of these states is restored,
-    the first one too if its mAP is known (start_map): early stopping, as in eval.py."""
+    held-out mAP (None: no held-out images). Early stopping, start_map included, as in eval.py."""
     frozen = phase == "frozen"
     model.backbone.frozen = frozen
     model.backbone.requires_grad_(not frozen)
@@ -406,14 +363,14 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Objects, held
         optimizer.step()
         run.tally(loss=sum(losses.values()), **losses, gradient_norm=norm)
         if step + 1 in tests and len(held_out):
-            held_map = mean_ap(model, held_out, device, args.workers)
+            held_map = mean_ap(model, held_out, held_out.dataset.classes, device, args.workers)
             model.train()
             run.note(held_out=held_map)
             best.offer(held_map)
     return best.restore()
 
 
-def run_phases(args: Namespace, row: str, source: Source, sets: tuple[Objects, Objects, Objects],
+def run_phases(args: Namespace, row: str, source: Source, sets: tuple[Subset, Subset, Dataset],
                sizes: dict, bf16: bool, device: torch.device, run: data.Run) -> None:
     """A row of the table: the phases of Sec. 4.3, one from the other's solution, each tested."""
     train_set, held_out, test_set = sets
@@ -434,8 +391,7 @@ def run_phases(args: Namespace, row: str, source: Source, sets: tuple[Objects, O
         before = fit(args, phase, model, train_set, held_out, device, run, key, before)
         if phase == "frozen":
             assert_unchanged(network, weights)
-        detections = detect_all(model, test_set, device, args.workers)
-        truths = [test_set.truth(i) for i in range(len(test_set))]
+        detections, truths = detect_all(model, test_set, device, args.workers)
         result = dict(encoder=source.name, arch=source.arch, phase=phase, seed=args.seed,
                       held_out_map=before, seconds=round(time.time() - began, 1),
                       **average_precisions(detections, truths, test_set.classes))
@@ -456,7 +412,7 @@ def run_phases(args: Namespace, row: str, source: Source, sets: tuple[Objects, O
 # ---- What is left behind -------------------------------------------------------------------------
 
 
-def write_voc(folder: Path, detections: list[dict], objects: Objects) -> None:
+def write_voc(folder: Path, detections: list[dict], objects: Dataset) -> None:
     """A file for each class that VOC's devkit scores: image, score and corners, counted from 1."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = {name: [] for name in objects.classes}
@@ -484,12 +440,12 @@ def draw(image: Tensor, found: dict, classes: list[str], truth: dict | None = No
     return draw_bounding_boxes(image, found["boxes"][sure] * scale, names, colors="red", width=2)
 
 
-def save_picture(path: Path, objects: Objects, detections: list[dict], images: int = 12) -> None:
+def save_picture(path: Path, objects: Dataset, detections: list[dict], images: int = 12) -> None:
     """The first test images, with what was found and what is there."""
     transform, shown = objects_transform(train=False), []
     for i in range(min(images, len(objects))):
-        image, _ = transform(*objects[i])
-        shown.append(draw(image, detections[i], objects.classes, objects.truth(i), score=0.2))
+        image, truth = transform(*objects[i])
+        shown.append(draw(image, detections[i], objects.classes, truth, score=0.2))
     H, W = (max(image.shape[side] for image in shown) for side in (1, 2))
     shown = [F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1]), value=255)
              for image in shown]
@@ -596,7 +552,7 @@ def main(args: Namespace) -> None:
     bf16 = data.has_bf16(device) if args.bf16 is None else args.bf16
     whole, test_set = (load_objects(args.data, split, args.side) for split in ("train", "test"))
     chosen, held = data.label_subset([0] * len(whole), 1.0, args.seed, args.held_out)
-    train_set, held_out = Part(whole, chosen), Part(whole, held)
+    train_set, held_out = Subset(whole, chosen), Subset(whole, held)
     if len(train_set) < dist.get_world_size():
         raise SystemExit(f"{args.data} has {len(train_set)} training images, fewer than processes")
     run = data.Run(args, images=[len(whole), whole.names[0], whole.names[-1]], bf16=bf16,
