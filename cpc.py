@@ -18,9 +18,7 @@ P patch side.
 
 import copy
 import math
-import resource
 import statistics
-import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
 
@@ -67,7 +65,7 @@ class PixelCNN(nn.Module):
 CHUNK = 2**24  # ours: logits computed at a time, 64 MB
 
 
-def contrast(queries: Tensor, candidates: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_loss(queries: Tensor, candidates: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """A.2's softmax cross-entropy, summed, and how often the true candidate scores highest.
     queries [Q, K], candidates [C, K], labels int64 [Q] -> two scalars."""
     logits = queries @ candidates.T  # [Q, C]
@@ -86,21 +84,20 @@ def info_nce(predictions: Tensor, targets: Tensor, k: int, first: int = 0) -> tu
     image and other images in the minibatch".
     """
     B, K, G, _ = predictions.shape
-    rows = G - k  # A.2's col_dim_i, with k = i + 1: rows 0 .. G-k-1 have a target k rows below
     candidates = targets.permute(0, 2, 3, 1).reshape(-1, K).float()  # [N*G*G, K]
-    queries = predictions[:, :, :rows].permute(0, 2, 3, 1).reshape(-1, K).float()  # [B*rows*G, K]
-    # A.2's labels miss a modulo: they hold for the first image of a batch only. Query t is
-    # position t % (rows*G) of image t // (rows*G); k rows of G further is its target.
-    t = torch.arange(B * rows * G, device=targets.device)
-    labels = (first + t // (rows * G)) * (G * G) + k * G + t % (rows * G)
+    # rows 0 .. G-k-1 have a target k rows below; G-k is A.2's col_dim_i, with k = i + 1
+    queries = predictions[:, :, :-k].permute(0, 2, 3, 1).reshape(-1, K).float()  # [B*(G-k)*G, K]
+    # A.2 computes these integers, but misses a modulo: its own hold for a batch's first image only
+    numbers = torch.arange(len(candidates), device=targets.device).view(-1, G, G)
+    labels = numbers[first:first + B, k:].flatten()  # of z[i + k, j], for c[i, j]
     loss = hits = 0
     with torch.autocast(targets.device.type, enabled=False):  # ours: logits in float32
         chunk = max(1, CHUNK // len(candidates))
         for q, y in zip(queries.split(chunk), labels.split(chunk)):
             if len(q) == len(queries):
-                sums = contrast(q, candidates, y)
+                sums = softmax_loss(q, candidates, y)
             else:  # of many logits a chunk is made at a time, and again in the backward pass
-                sums = checkpoint(contrast, q, candidates, y, use_reentrant=False)
+                sums = checkpoint(softmax_loss, q, candidates, y, use_reentrant=False)
             loss, hits = loss + sums[0], hits + sums[1]
     return loss / len(queries), hits / len(queries)
 
@@ -125,7 +122,7 @@ class Direction(nn.Module):
 
 
 class CPC(nn.Module):
-    """Encoder, and for each direction a context network, a target projection and predictors.
+    """Encoder, and one `Direction` for each of the directions.
 
     directions: 1 (above predicts below), 2 (and below above) or 4 (and left right, right left).
     """
@@ -145,15 +142,12 @@ class CPC(nn.Module):
             for _ in self.turns)
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Augmented patches [B, G, G, 3, P, P] -> (loss, contrastive accuracy), two scalars."""
-        latents = self.encoder.grid(patches)  # [B, D, G, G]
-        return self.contrast(latents)
-
-    def contrast(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [B, D, G, G] -> (loss, contrastive accuracy), means over directions and lengths.
+        """Augmented patches [B, G, G, 3, P, P] -> loss and contrastive accuracy, two scalars,
+        means over directions and lengths.
 
         paper: L_CPC sums over i, j, k; ours: the mean, which only rescales it and has log(N*G*G)
         as chance. A.2's range(2, 3) holds k = 3 alone; Sec. 4.1's k in {2, 3} is what we take."""
+        latents = self.encoder.grid(patches)  # [B, D, G, G]
         losses, accuracies = [], []
         first = dist.get_rank() * len(latents)
         for turn, direction in zip(self.turns, self.directions):
@@ -174,12 +168,6 @@ class CPC(nn.Module):
 def chance_loss(args: Namespace) -> float:
     """The loss of guessing: log of the number of candidates, all patches of the batch."""
     return math.log(args.batch_size * data.grid_side(args.crop, args.patch, args.stride) ** 2)
-
-
-def image_transform(args: Namespace):
-    """Augmentation of the whole image (Sec. 4.1, A.3); CPC v1's images are grey."""
-    grey = args.image_aug == "v1"
-    return data.image_transform(args.image_aug, args.crop, args.min_area, grey=grey)
 
 
 def make_patches(images: Tensor, args: Namespace, device: torch.device, step: int) -> Tensor:
@@ -230,8 +218,9 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer,
     if args.compile:
         model.encoder.compile_blocks()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    batches = data.TrainBatches(len(dataset), args.batch_size, args.seed, start, stop)
-    loader = data.load_batches(dataset, image_transform(args), batches, device, args.workers)
+    transform = data.image_transform(args.image_aug, args.crop, args.min_area)
+    batches = data.train_batches(len(dataset), args.batch_size, args.seed, start, stop)
+    loader = data.load_batches(dataset, transform, batches, device, args.workers, skip=True)
     model.train()
     for step, (images, _) in run.steps(
             loader, stop, args.batch_size, due=lambda done: done % steps_per_epoch == 0,
@@ -260,12 +249,6 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer,
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
-def displayable(patches: Tensor) -> Tensor:
-    """Undo `data.normalise`: float32 [N, 3, P, P] in 0..1."""
-    mean, std = (patches.new_tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
-    return (patches * std + mean).clamp(0, 1)
-
-
 def save_enlarged(picture: Tensor, path, factor: int) -> None:
     """A picture [3, H, W] of small images, every pixel `factor` times as large."""
     save_image(F.interpolate(picture[None], scale_factor=max(1, factor), mode="nearest"), path)
@@ -274,28 +257,29 @@ def save_enlarged(picture: Tensor, path, factor: int) -> None:
 def save_patches(patches: Tensor, path, images: int = 6) -> None:
     """What the network sees: the patch grids of a few images after all augmentation."""
     G, P = patches.shape[1], patches.shape[-1]
-    grids = [make_grid(displayable(image.flatten(0, 1)), nrow=G, padding=1)
-             for image in patches[:images].cpu()]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
+    shown = (patches[:images].cpu() * std + mean).clamp(0, 1)  # `data.normalise`, undone
+    grids = [make_grid(image.flatten(0, 1), nrow=G, padding=1) for image in shown]
     save_enlarged(make_grid(grids, nrow=3, padding=4, pad_value=1), path, 48 // P)
 
 
 @torch.no_grad()
-def rank_patches(model: CPC, images: Tensor, args: Namespace, device: torch.device,
-                 rows: int) -> list[Tensor]:
+def rank_patches(model: CPC, images: Tensor, args: Namespace, rows: int) -> list[Tensor]:
     """The tiles of `save_retrieval`, from uint8 images [B, 3, S, S]: seven [3, S, S] a row."""
-    patches = data.to_patches(images, device, args.patch, args.stride)
-    G, P, S, k = patches.shape[1], args.patch, args.crop, min(args.lengths)
     model.eval()
+    patches = data.to_patches(images, images.device, args.patch, args.stride)
     targets, predictions = model.directions[0](model.encoder.grid(patches))  # downwards
     candidates = targets.permute(0, 2, 3, 1).flatten(0, 2)  # [B*G*G, K]
-    gallery = displayable(patches.flatten(0, 2))  # [B*G*G, 3, P, P]
+    images = images / 255
+    gallery = data.extract_patches(images, args.patch, args.stride)  # [B, G, G, 3, P, P]
+    G, S, k = gallery.shape[1], args.crop, min(args.lengths)
     tiles = []
     for b in range(min(rows, len(images))):
         i, j = (G - 1 - k) // 2, b % G  # the middle of what can be predicted from; any column
-        image = images[b].to(device) / 255
-        image[:, i * args.stride + P:] *= 0.25  # rows that the context network has not seen
         ranked = (candidates @ predictions[k][b, :, i, j]).topk(min(5, len(candidates))).indices
-        shown = torch.cat((gallery[(b * G + i + k) * G + j][None], gallery[ranked]))  # [6, 3, P, P]
+        shown = torch.cat((gallery[b, i + k, j][None], gallery.flatten(0, 2)[ranked]))
+        image = images[b].clone()
+        image[:, i * args.stride + args.patch:] *= 0.25  # rows that the context has not seen
         tiles += [image, *F.interpolate(shown, (S, S), mode="nearest")]
     return tiles
 
@@ -308,8 +292,8 @@ def save_retrieval(model: CPC, dataset, args: Namespace, device: torch.device, p
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:32].tolist()
     transform = data.image_transform("test", args.crop, grey=args.image_aug == "v1")
     items = data.Seeded(dataset, transform, skip=True).__getitems__([(i, 0) for i in chosen])
-    images = torch.stack([image for image, _ in items])
-    tiles = torch.stack(rank_patches(model, images, args, device, rows)).cpu()
+    images = torch.stack([image for image, _ in items]).to(device)
+    tiles = torch.stack(rank_patches(model, images, args, rows)).cpu()
     save_enlarged(make_grid(tiles, nrow=7, padding=2, pad_value=1), path, 96 // args.crop)
 
 
@@ -320,19 +304,14 @@ def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimi
               bf16: bool) -> None:
     """`--benchmark N`: the data path alone, then N whole steps on one prepared batch. Prints on
     rank 0; nothing is written."""
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     N, local = args.benchmark, args.batch_size // dist.get_world_size()
     model.train()
-    batches = data.TrainBatches(len(dataset), args.batch_size, args.seed, 0, N + 2)
-    transform = image_transform(args)
-    begin = now()  # the start of the workers included: what they prefetch is not free
+    batches = data.train_batches(len(dataset), args.batch_size, args.seed, 0, N + 2)
+    transform = data.image_transform(args.image_aug, args.crop, args.min_area)
+    begin = time.perf_counter()  # the start of the workers included: what they prefetch costs
     for images, _ in data.load_batches(dataset, transform, batches, device, args.workers):
         pass  # keeps the last
-    loading = (now() - begin) / (N + 2)
+    loading = (time.perf_counter() - begin) / (N + 2)
 
     images = images.to(device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -341,26 +320,21 @@ def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimi
     if args.compile:
         model.encoder.compile_blocks()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    times, patching = [], 0.0
+    times = []
     for n in range(N + 2):
-        begin = now()
-        patches = make_patches(images, args, device, n)
-        patching = now() - begin
-        update(ddp, optimizer, patches, args.clip, bf16)
-        times.append(now() - begin)
+        begin = time.perf_counter()
+        update(ddp, optimizer, make_patches(images, args, device, n), args.clip, bf16)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
     step = statistics.median(times[2:])  # the first two find their way
     if dist.get_rank() == 0:
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            kilobyte = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
         rate = flop * local / step / 1e9
         print(f"step     {1e3 * step:9.1f} ms   {args.batch_size / step:.1f} images/s on all ranks")
         print(f"model    {flop / 1e9:9.2f} GFLOP an image   {rate:.0f} GFLOP/s a rank")
-        print(f"memory   {peak / 2**30:9.2f} GiB at the peak")
-        print(f"patches  {1e3 * patching:9.1f} ms   of the step")
         print(f"data     {1e3 * loading:9.1f} ms   {args.batch_size / loading:.1f} images/s, alone")
+        if device.type == "cuda":
+            print(f"memory   {torch.cuda.max_memory_allocated() / 2**30:9.2f} GiB at the peak")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -382,9 +356,9 @@ TINY = dict(data="shapes", arch="tiny", crop=32, patch=8, stride=6, min_area=0.6
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line, checked: exits with one line on flags that cannot work together."""
-    parser = data.Parser(__doc__, out="runs/cpc")
+    parser = data.make_parser(__doc__, out="runs/cpc")
     add, share, count = parser.add_argument, number(0, 1), number(1, 1e9, int)
-    add("--data", default="imagenet", help=parser.DATA)
+    add("--data", default="imagenet", help=data.DATA)
     add("--tiny", action="store_true", help="the CPU scale, on shapes")
     add("--preset", choices=PRESETS, default="v2", help="v1: CPC v1, where Fig. 3 starts")
     # Sec. 4.1, the axes of Fig. 3 and 4
@@ -439,18 +413,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def report(args: Namespace, dataset, model: CPC, where: str) -> None:
-    """What will be trained, on what."""
-    encoder, whole = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.encoder, model))
-    G = data.grid_side(args.crop, args.patch, args.stride)
-    print(f"{args.arch}, {args.norm} norm: {encoder:.1f} M parameters; with context networks and "
-          f"predictors {whole:.1f} M")
-    print(f"{len(dataset)} images, {G}x{G} patches of {args.patch} pixels each; {args.batch_size} "
-          f"images a step on {dist.get_world_size()} x {where}")
-    print(f"{args.epochs} epochs of {len(dataset) // args.batch_size} steps; loss at chance "
-          f"log({args.batch_size * G * G}) = {chance_loss(args):.3f}")
-
-
 def main(args: Namespace) -> None:
     """Everything in order: process group, data, model, what it will cost, and the run."""
     device = data.start_process()
@@ -466,20 +428,25 @@ def main(args: Namespace) -> None:
         raise SystemExit(f"--warmup {args.warmup} is all of the {stop} steps: lower it")
 
     torch.manual_seed(args.seed)  # the same initial weights everywhere
-    checkpointing = args.checkpointing
-    if checkpointing is None:  # ours: by counting, 64 images of ResNet-161 keep 59 GiB without
-        checkpointing = device.type == "cuda" and ARCHITECTURES[args.arch][1][-1] == 4096
-    encoder = Encoder(args.arch, args.norm, args.stem, checkpointing)
+    encoder = Encoder(args.arch, args.norm, args.stem, args.checkpointing)
     model = CPC(encoder, args.directions, args.lengths, args.hidden, args.target_dim,
                 args.emb_scale)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.8, 0.999), fused=True)  # ours
 
     if dist.get_rank() == 0:
-        report(args, dataset, model, f"{device.type} in {'bfloat16' if bf16 else 'float32'}")
+        millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (encoder, model)]
+        precision = "bfloat16" if bf16 else "float32"
+        print(f"{args.arch}, {args.norm} norm: {millions[0]:.1f} M parameters; with context "
+              f"networks and predictors {millions[1]:.1f} M")
+        print(f"{len(dataset)} images, patches of {args.patch} pixels; {args.batch_size} images a "
+              f"step on {dist.get_world_size()} x {device.type} in {precision}")
+        print(f"{args.epochs} epochs of {steps_per_epoch} steps; loss at chance "
+              f"{chance_loss(args):.3f}")
     job = benchmark if args.benchmark else train
     job(args, device, dataset, model, optimizer, bf16)
 
 
 if __name__ == "__main__":
-    data.run_script(parse_args, main)
+    main(parse_args())
+    dist.destroy_process_group()

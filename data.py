@@ -13,7 +13,6 @@ import atexit
 import copy
 import ctypes
 import fcntl
-import hashlib
 import json
 import math
 import multiprocessing
@@ -23,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -33,7 +33,7 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
@@ -71,7 +71,7 @@ def normalise(images: Tensor) -> Tensor:
 
 def draw(generator: torch.Generator, device: torch.device, *size: int) -> Tensor:
     """Uniform numbers, a row for each of this process's images. They are drawn for the whole batch,
-    which `TrainBatches` deals out in turn: an image's do not depend on the number of processes."""
+    which `train_batches` deals out in turn: an image's do not depend on the number of processes."""
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = torch.rand(size[0] * world, *size[1:], generator=generator, device=device)
     return rows[rank::world]
@@ -160,7 +160,7 @@ def image_transform(kind: str, crop: int, min_area: float = 0.08, distort: bool 
     kind: "inception" (random area of min_area..1 of the image, aspect 3/4..4/3, mirrored half the
     time: Szegedy et al. 2014 in its common reading; A.3), "v1" (CPC v1: a random crop of an image
     resized in the proportion 300:256, mirrored), or "test" (Sec. 2.2: none, a single crop).
-    distort: Inception's random brightness, contrast, saturation and hue; grey: as CPC v1 sees."""
+    distort: Inception's random brightness, contrast, saturation and hue; grey: as in "v1"."""
     if kind == "inception":
         crops = v2.RandomResizedCrop(crop, scale=(min_area, 1.0), ratio=(3 / 4, 4 / 3))
         steps = [crops, v2.RandomHorizontalFlip()]
@@ -173,7 +173,7 @@ def image_transform(kind: str, crop: int, min_area: float = 0.08, distort: bool 
         steps = [v2.Resize(round(crop / 0.875)), v2.CenterCrop(crop)]
     if distort:  # ours: the ranges of Inception's published preprocessing
         steps.append(v2.ColorJitter(brightness=32 / 255, contrast=0.5, saturation=0.5, hue=0.2))
-    if grey:
+    if grey or kind == "v1":
         steps.append(v2.Grayscale(3))
     return v2.Compose([*steps, v2.PILToTensor()])
 
@@ -193,9 +193,9 @@ class Shapes(Dataset):
     item: (image uint8 [3, size, size], class int). `boxes(index)`: the objects' boxes.
     """
 
+    NONE = (math.nan, math.nan)
     PATTERNS = {  # one wave, or the product of two, along these directions (x, y)
-        "horizontal": ((0, 1), None), "vertical": ((1, 0), None),
-        "diagonal": ((0.71, 0.71), None),
+        "horizontal": ((0, 1), NONE), "vertical": ((1, 0), NONE), "diagonal": ((0.71, 0.71), NONE),
         "checks": ((1, 0), (0, 1)), "diamonds": ((0.71, 0.71), (0.71, -0.71))}
     PERIODS = (7.0, 3.5)  # pixels, coarse and fine
     classes = [" ".join(words) for words in product(("coarse", "fine"), PATTERNS)]
@@ -245,19 +245,15 @@ class Shapes(Dataset):
         """The objects' patterns over the whole image: [B, 4, S, S] in -1..1."""
         phases, mirrored = objects[..., 4:6], objects[..., 6] < 0.5
         mirror = torch.where(mirrored, -1.0, 1.0)  # [B, 4]: a diagonal leans either way
-        kinds = [list(self.PATTERNS.values())[label % len(self.PATTERNS)] for label in labels]
-        periods = [self.PERIODS[label // len(self.PATTERNS)] for label in labels]
-        speed = torch.tensor([2 * math.pi / period for period in periods])
-        wave = 1.0
-        for n in (0, 1):
-            direction = torch.tensor([kind[n] or (0, 0) for kind in kinds])  # [B, 2]
-            direction = direction * speed[:, None]
-            missing = torch.tensor([kind[n] is None for kind in kinds]).view(-1, 1, 1, 1)
-            kx = (direction[:, :1] * mirror)[..., None, None]
-            ky = direction[:, 1].view(-1, 1, 1, 1)
-            sine = (kx * x + ky * y + 2 * math.pi * phases[..., n, None, None]).sin()
-            wave = wave * torch.where(missing, 1.0, sine)
-        return wave
+        directions = torch.tensor(list(self.PATTERNS.values()))  # [5, 2 waves, (x, y)]
+        speeds = torch.tensor([2 * math.pi / period for period in self.PERIODS])
+        pattern, period = [label % 5 for label in labels], [label // 5 for label in labels]
+        direction = directions[pattern] * speeds[period, None, None]  # [B, 2, 2]
+        kx = (direction[..., :1] * mirror[:, None])[..., None, None]  # [B, 2, 4, 1, 1]
+        ky = direction[..., 1].view(-1, 2, 1, 1, 1)
+        phase = 2 * math.pi * phases.mT[..., None, None]
+        waves = (kx * x + ky * y + phase).sin()  # [B, 2, 4, S, S]
+        return waves.nan_to_num(1.0).prod(1)  # a wave that is not there is 1
 
     def _background(self, image: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """A slow wave of its own direction and length for each colour channel, so that it has no
@@ -306,25 +302,13 @@ def read_image(path: str) -> Image.Image:
         raise Unreadable(f"{path} cannot be read: {reason}")
 
 
-class ImageFiles(Dataset):
-    """Every image file below some folders, whatever the folders in them are called: enough for
-    Sec. 2.1, where no label is used. item: (PIL image, 0)."""
+class Unlabelled(datasets.ImageFolder):
+    """Every image below train/ and unlabelled/, or below a folder that has neither, whatever the
+    folders in them are called: enough for Sec. 2.1, where no label is used."""
 
-    def __init__(self, folders: list[Path]):
-        self.files = []
-        for top in folders:
-            for folder, _, names in os.walk(top, followlinks=True):
-                self.files += [os.path.join(folder, name) for name in names
-                               if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
-        self.files.sort()
-        if not self.files:
-            raise SystemExit(f"no image files under {folders[0]}: pass --data DIR")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return read_image(self.files[index]), 0
+    def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
+        there = [name for name in ("train", "unlabelled") if (Path(directory) / name).is_dir()]
+        return there or ["."], dict.fromkeys(there or ["."], 0)
 
 
 DOWNLOADS = Path("datasets")  # where torchvision keeps what it downloads
@@ -355,18 +339,17 @@ def list_folder(root: Path, split: str) -> Dataset:
     """`load_dataset` of the user's own images."""
     if not root.is_dir():
         raise SystemExit(f"no folder {root}: pass --data DIR, or --tiny for the embedded data set")
-    if split == "pretrain":
-        folders = [root / name for name in ("train", "unlabelled") if (root / name).is_dir()]
-        return ImageFiles(folders or [root])
     names = ("train",) if split == "train" else ("val", "test")
     folders = [root / name for name in names if (root / name).is_dir()]
-    if not folders:
-        raise SystemExit(f"no {'/ or '.join(names)}/ under {root}: pass --data DIR with class "
-                         f"folders in it")
     try:
-        return datasets.ImageFolder(folders[0], loader=read_image)
-    except FileNotFoundError as error:  # torchvision names the classes
-        raise SystemExit(f"labels are needed here, a folder of images for each class: {error}")
+        if split == "pretrain":
+            return Unlabelled(root, loader=read_image)
+        if folders:
+            return datasets.ImageFolder(folders[0], loader=read_image)
+    except FileNotFoundError as error:  # torchvision names the folders
+        raise SystemExit(f"--data {root} lacks images, or a folder for each class: {error}")
+    raise SystemExit(f"no {'/ or '.join(names)}/ under {root}: pass --data DIR with class folders "
+                     f"in it")
 
 
 def download(name: str, make: Callable[[bool], Dataset]) -> Dataset:
@@ -383,14 +366,10 @@ def download(name: str, make: Callable[[bool], Dataset]) -> Dataset:
 
 
 def names_of(dataset: Dataset) -> list[str]:
-    """What a list of images calls them: file names, as in the published lists of ImageNet subsets
-    (S4L, SimCLR); CLASS/NAME where classes share names; numbers where there are no files."""
+    """What a list of images calls them: CLASS/NAME, or numbers where there are no files."""
     if not isinstance(dataset, datasets.ImageFolder):
-        files = getattr(dataset, "files", None) or [f"{i:05d}" for i in range(len(dataset))]
-        return [os.path.basename(file) for file in files]
-    parts = [path.split(os.sep)[-2:] for path, _ in dataset.samples]
-    names = [name for _, name in parts]
-    return names if len(set(names)) == len(names) else ["/".join(part) for part in parts]
+        return [f"{i:05d}" for i in range(len(dataset))]
+    return ["/".join(path.split(os.sep)[-2:]) for path, _ in dataset.samples]
 
 
 def summary_of(dataset: Dataset) -> list:
@@ -403,7 +382,7 @@ def summary_of(dataset: Dataset) -> list:
 
 
 def targets_of(dataset: Dataset) -> list[int]:
-    """Every image's class, without reading an image."""
+    """Every image's class, without reading an image; STL-10 says `labels`."""
     targets = dataset.targets if hasattr(dataset, "targets") else dataset.labels
     return [int(y) for y in targets]
 
@@ -428,22 +407,24 @@ def label_subset(targets: list[int], fraction: float, seed: int,
 
 
 def read_subset(path: str, dataset: Dataset) -> list[int]:
-    """The indices of the images that a list names, one a line: NAME or CLASS/NAME. Exits with one
-    line on a missing file or on a name that no image of the data set has."""
+    """The indices of the images that a list names, one a line: CLASS/NAME, or NAME as in the
+    published lists of ImageNet subsets (S4L, SimCLR). Exits with one line on a missing file or on
+    a name that no image of the data set has, or more than one."""
     try:
-        text = os.fsdecode(Path(path).read_bytes())
+        lines = os.fsdecode(Path(path).read_bytes()).split("\n")
     except OSError as error:
         raise SystemExit(f"cannot read --subset {path}: {error.strerror}")
-    index = {name: i for i, name in enumerate(names_of(dataset))}
-    if isinstance(dataset, datasets.ImageFolder):
-        for i, (file, _) in enumerate(dataset.samples):
-            index["/".join(file.split(os.sep)[-2:])] = i
-    names = [line.strip() for line in text.split("\n") if line.strip()]
-    unknown = [name for name in names if name not in index]
-    if unknown or not names:
-        raise SystemExit(f"--subset {path}: {len(unknown)} of {len(names)} lines name no training "
-                         f"image (NAME, CLASS/NAME where classes share names): {unknown[:1]}")
-    return sorted({index[name] for name in names})
+    names = names_of(dataset)
+    short = [name.rpartition("/")[2] for name in names]
+    index = {name: i for i, name in enumerate(names)}
+    if len(set(short)) == len(short):
+        index |= {name: i for i, name in enumerate(short)}
+    wanted = [line.strip() for line in lines if line.strip()]
+    unknown = [name for name in wanted if name not in index]
+    if unknown or not wanted:
+        raise SystemExit(f"--subset {path}: {len(unknown)} of {len(wanted)} lines name no training "
+                         f"image (CLASS/NAME; NAME where classes share none): {unknown[:1]}")
+    return sorted({index[name] for name in wanted})
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -490,37 +471,26 @@ class Seeded(Dataset):
         return self.transform(*item)  # (image, label); the boxes of a label follow the image
 
 
-class TrainBatches(Sampler):
+def train_batches(length: int, batch: int, seed: int, start: int, stop: int) -> Iterator:
     """This rank's share of every global batch, for steps `start` to `stop` counted over the whole
     run: continuing is starting at another step. Every epoch is a new permutation, its last partial
     batch dropped. Yields lists of (index, seed)."""
-
-    def __init__(self, length: int, batch: int, seed: int, start: int, stop: int):
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.length, self.batch, self.seed = length, batch, seed
-        self.start, self.stop = start, stop
-
-    def __iter__(self):
-        shuffled = None
-        for step in range(self.start, self.stop):
-            epoch, position = divmod(step, self.length // self.batch)
-            if epoch != shuffled:
-                generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-                order, shuffled = torch.randperm(self.length, generator=generator), epoch
-            batch = order[position * self.batch:(position + 1) * self.batch]
-            mine = batch[self.rank::self.world].tolist()
-            yield [(i, derive_seed(self.seed, "image", epoch, i)) for i in mine]
+    shuffled = None
+    for step in range(start, stop):
+        epoch, position = divmod(step, length // batch)
+        if epoch != shuffled:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+            order, shuffled = torch.randperm(length, generator=generator), epoch
+        everyones = order[position * batch:(position + 1) * batch]
+        mine = everyones[dist.get_rank()::dist.get_world_size()].tolist()
+        yield [(i, derive_seed(seed, "image", epoch, i)) for i in mine]
 
 
-class TestBatches(Sampler):
+def test_batches(length: int, batch: int) -> Iterator:
     """Every image once over all ranks, whatever their number. Yields lists of (index, seed)."""
-
-    def __init__(self, length: int, batch: int):
-        self.mine, self.batch = range(dist.get_rank(), length, dist.get_world_size()), batch
-
-    def __iter__(self):
-        for start in range(0, len(self.mine), self.batch):
-            yield [(i, 0) for i in self.mine[start:start + self.batch]]
+    mine = range(dist.get_rank(), length, dist.get_world_size())
+    for start in range(0, len(mine), batch):
+        yield [(i, 0) for i in mine[start:start + batch]]
 
 
 def ignore_signals(worker: int) -> None:
@@ -537,17 +507,17 @@ def end_workers() -> None:
         worker.kill()
 
 
-def load_batches(dataset: Dataset, transform: v2.Transform, batches: Sampler, device: torch.device,
-                 workers: int | None = None, collate: Callable | None = None) -> Iterator:
+def load_batches(dataset: Dataset, transform: v2.Transform, batches: Iterator, device: torch.device,
+                 workers: int | None = None, skip: bool = False,
+                 collate: Callable | None = None) -> Iterator:
     """Batches of (images uint8 [B, 3, S, S], labels int64 [B]), or as `collate` makes them.
-    workers: None leaves one core of this rank's share for the training step; 0 loads here.
-
-    Exits with one line on an image that cannot be read, in training if there are many."""
+    workers: None leaves one core of this rank's share for the training step; 0 loads here; skip:
+    as in `Seeded`. Exits with one line on an image that cannot be read."""
     if workers is None:
         affinity = getattr(os, "sched_getaffinity", None)  # which macOS has not
         cores = len(affinity(0)) if affinity else os.cpu_count()
         workers = max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
-    images = Seeded(dataset, transform, skip=isinstance(batches, TrainBatches))
+    images = Seeded(dataset, transform, skip)
     # ours: forked on Linux, no default since Python 3.14: the list of ImageNet's paths is shared
     fork = "fork" if sys.platform == "linux" else None
     try:
@@ -575,7 +545,12 @@ def start_process() -> torch.device:
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
     else:
         device, backend = torch.device("cpu"), "gloo"
-        keep_freed_memory()
+        if sys.platform == "linux":
+            # Reuse freed activations instead of returning them to the kernel, which would hand
+            # them back page by page, zeroed, in every step: several times slower.
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # no other node listens
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     if not dist.is_initialized():
@@ -587,18 +562,6 @@ def start_process() -> torch.device:
         gpu = device if device.type == "cuda" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=gpu)
     return device
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed activations instead of returning them to the kernel, which would hand
-    them back page by page, zeroed, in every step: several times slower for large activations."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return  # not glibc
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -649,6 +612,10 @@ def check_batch(batch_size: int) -> None:
 # ---- A run: its folder, log, checkpoint and signals ----------------------------------------------
 
 
+class Diverged(SystemExit):
+    """A loss or a gradient is not finite: one line."""
+
+
 class Run:
     """What a run leaves on disk, below `--out`: log.jsonl and checkpoint.pt.
 
@@ -665,20 +632,18 @@ class Run:
         """facts: what else must be the same for a run to be continued (its images, its encoder).
 
         `state`: plain values and tensors that every checkpoint holds, and that a continued run
-        finds here again; {} at the beginning. Exits with one line if the folder holds another run,
-        is in use, or cannot be written."""
+        finds here again: which results are `done`, and the `solution` that the next training
+        starts from. Exits with one line if the folder holds another run, is in use, or cannot be
+        written."""
         self.folder, self.is_main = Path(args.out), dist.get_rank() == 0
         flags = {k: v for k, v in vars(args).items() if k not in self.MAY_DIFFER}
         self.identity = json.loads(json.dumps(flags | facts))  # tuples become lists, as in the file
         self.save_seconds, self.saved_at = 60 * args.save_every, time.monotonic()
         self.lines, self.sums, self.count, self.notes = [], {}, 0, {}
-        self.state, self.unfinished, self.label = {}, None, None
-        self.signal, self.training = 0, False
+        self.state, self.unfinished, self.label = {"done": {}, "solution": {}}, None, None
+        self.signal = 0
         path = self.folder / "checkpoint.pt"
         if from_first(self._open):
-            if not path.exists():
-                raise SystemExit(f"only the first process finds {path}: --out must be a folder "
-                                 f"that all nodes share")
             saved = load_file(path, "checkpoint")
             self._compare(saved["identity"])
             self.state, self.unfinished = saved["state"], saved["training"]
@@ -686,8 +651,11 @@ class Run:
             if self.is_main:  # a mean over processes, of which this one now has all
                 self.lines = saved["log"]
                 self.sums = {k: v * dist.get_world_size() for k, v in saved["sums"].items()}
+        else:
+            self.save()
         if self.is_main:
-            self._rewrite_log()
+            self.file.truncate(0)
+            self.file.writelines(self.lines)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         versions = dict(python=sys.version.split()[0], torch=torch.__version__,
@@ -705,18 +673,12 @@ class Run:
             raise SystemExit(f"another run is writing to {self.folder}: pass another --out")
         except OSError as error:
             raise SystemExit(f"cannot use --out {self.folder}: {error.strerror}")
-        if (self.folder / "checkpoint.pt").exists():
-            return True
-        self.file.seek(0)
-        first, later = self.file.readline(), self.file.read()
-        ours = first.startswith('{"event": "start"') and first.endswith("\n")
-        results = (self.folder / "encoder.pt").exists() or '"event": "result"' in later
-        if results or first and not ours:
+        there = (self.folder / "checkpoint.pt").exists()
+        # the log was opened at its end
+        if not there and (self.file.tell() or (self.folder / "encoder.pt").exists()):
             raise SystemExit(f"{self.folder} holds a run without its checkpoint, or what is not "
                              f"ours: pass another --out")
-        if first:  # killed before the first checkpoint
-            self._compare(json.loads(first))
-        return False
+        return there
 
     def _compare(self, before: dict) -> None:
         for key, now in self.identity.items():
@@ -724,12 +686,6 @@ class Run:
                 raise SystemExit(f"{self.folder} holds a run with {key.replace('_', '-')} "
                                  f"{before.get(key)}, not {now}: use the same, or another --out"
                                  if self.is_main else 1)
-
-    def _rewrite_log(self) -> None:
-        self.file.seek(0)
-        self.file.truncate()
-        self.file.writelines(self.lines)
-        self.file.flush()
 
     def log(self, event: str, **fields) -> None:
         """Append a JSON line, on rank 0."""
@@ -740,7 +696,7 @@ class Run:
 
     def save(self) -> None:
         """Replace the checkpoint. All ranks call it together, for the sums are reduced;
-        FloatingPointError if one of them is not finite."""
+        Diverged if one of them is not finite."""
         sums, training = self._reduced(), None
         self.saved_at = time.monotonic()
         if not self.is_main:
@@ -781,7 +737,7 @@ class Run:
 
     def _reduced(self) -> dict[str, Tensor]:
         """The sums' mean over processes; the sums stay as they are, so that a save never changes
-        what is logged. Raises FloatingPointError if one is not finite: then nothing is saved."""
+        what is logged. Raises Diverged if one is not finite: then nothing is saved."""
         if not self.count:
             return {}
         values = torch.stack(list(self.sums.values()))
@@ -789,8 +745,8 @@ class Run:
         values /= dist.get_world_size()
         if not values.isfinite().all():
             means = {k: v.item() / self.count for k, v in self.sums.items()}
-            raise FloatingPointError(f"not finite: {means}, {self.notes}: lower --lr, in another "
-                                     f"--out; the last checkpoint is kept")
+            raise Diverged(f"not finite: {means}, {self.notes}: lower --lr, in another --out; "
+                           f"the last checkpoint is kept")
         return dict(zip(self.sums, values))
 
     def steps(self, batches: Iterator, stop: int, images: int, due: Callable,
@@ -803,7 +759,7 @@ class Run:
         conventional exit code."""
         bar = tqdm(batches, self.label, stop, initial=self.step, disable=not self.is_main,
                    mininterval=1, unit=" images", unit_scale=images)
-        self.clock, self.clock_step, self.training = time.monotonic(), self.step, True
+        self.clock, self.clock_step = time.monotonic(), self.step
         try:
             for step, batch in enumerate(bar, self.step):
                 yield step, batch
@@ -826,7 +782,7 @@ class Run:
         finally:
             bar.close()
             self.sums, self.count, self.notes = {}, 0, {}
-            self.label, self.parts, self.training = None, {}, False
+            self.label, self.parts = None, {}
 
     def _log_means(self, images: int) -> None:
         seconds = time.monotonic() - self.clock
@@ -845,7 +801,7 @@ class Run:
         return tuple(both.tolist())
 
     def _on_signal(self, number: int, frame) -> None:
-        if self.training:
+        if self.label:
             self.signal = number  # `steps` will see it
         else:
             self._leave(number)  # outside a training: what was not saved is done again
@@ -861,15 +817,12 @@ class Run:
 class Best:
     """Early stopping (Sec. 2.2): the best state of a module, by a score on held-out images."""
 
-    def __init__(self, module: nn.Module, score: float | None = None):
-        """score: of the state that the module is in, if it is known."""
+    def __init__(self, module: nn.Module):
         self.module, self.score, self.state = module, None, None
-        if score is not None:
-            self.offer(score)
 
-    def offer(self, score: float) -> None:
-        """Keep the state that the module is in, if its score is the highest so far."""
-        if self.score is None or score > self.score:
+    def offer(self, score: float | None) -> None:
+        """Keep the state that the module is in, if its score is known and the highest so far."""
+        if score is not None and (self.score is None or score > self.score):
             self.score, self.state = score, copy.deepcopy(self.module.state_dict())
 
     def restore(self) -> float | None:
@@ -886,13 +839,9 @@ class Best:
         self.score, self.state = saved["score"], saved["state"]
 
 
-def git_commit() -> str | None:
-    """The commit of this code, if it is in a git checkout."""
-    command = ["git", "-C", Path(__file__).parent, "rev-parse", "-q", "--verify", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        return None  # no git here
+def git_commit() -> str:
+    """The commit of this code, or why there is none."""
+    return subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -902,17 +851,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def digests(names: list[str]) -> list[str]:
-    """What must stay the same of `--encoder`: a file's content (16 digits of its SHA-256), wherever
-    it lies, and the names that are no files."""
-    found = []
-    for name in names:
-        path = name.rpartition(":")[2]  # of torchvision:MODEL:WEIGHTS too
-        if os.path.isfile(path):
-            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-            name = name.removesuffix(path) + digest
-        found.append(name)
-    return found
+def fingerprints(names: list[str]) -> list:
+    """What must stay the same of files, wherever they lie: their content. Other names stay."""
+    return [zlib.crc32(Path(name).read_bytes()) if os.path.isfile(name) else name
+            for name in names]
 
 
 # ---- Command lines -------------------------------------------------------------------------------
@@ -926,27 +868,24 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return action.help if told else super()._get_help_string(action)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with whole flag names, one-line errors, and the flags all scripts share."""
+DATA = ("folder with train/ and val/ (or test/), class folders in them, perhaps unlabelled/; for "
+        "cpc.py any folder of images; or shapes (made), cifar10, stl10, imagenette (downloaded)")
 
-    DATA = ("folder with train/ and val/ (or test/), class folders in them, and perhaps "
-            "unlabelled/; for cpc.py any folder of images; or shapes (made), cifar10, stl10, "
-            "imagenette (downloaded)")
 
-    def __init__(self, doc: str, out: str):
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=HelpFormatter)
-        add = self.add_argument
-        add("--out", default=out, help="the run's folder; the same command continues it")
-        add("--seed", type=number(0, 2**61, int), default=0, help="of everything random")
-        add("--workers", type=number(0, 1024, int), help="data loading processes (default: one "
-            "less than this process's share of the cores)")
-        add("--bf16", action=argparse.BooleanOptionalAction,
-            help="bfloat16 autocast (default: where the hardware has it)")
-        add("--save-every", type=number(0, 1e6), default=10.0, metavar="MINUTES",
-            help="between checkpoints; another one comes with each line of the log")
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+def make_parser(doc: str, out: str) -> argparse.ArgumentParser:
+    """A parser with whole flag names, one-line errors, and the flags that all scripts share."""
+    parser = argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--out", default=out, help="the run's folder; the same command continues it")
+    add("--seed", type=number(0, 2**61, int), default=0, help="of everything random")
+    add("--workers", type=number(0, 1024, int), help="data loading processes (default: one less "
+        "than this process's share of the cores)")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: where "
+        "the hardware has it)")
+    add("--save-every", type=number(0, 1e6), default=10.0, metavar="MINUTES", help="between "
+        "checkpoints; another one comes with each line of the log")
+    return parser
 
 
 def number(low: float, high: float, kind: type = float) -> Callable[[str], float]:
@@ -958,31 +897,3 @@ def number(low: float, high: float, kind: type = float) -> Callable[[str], float
         return value
     parse.__name__ = "number"
     return parse
-
-
-LOST = "lost the connection to another process of this run, whose own message says why"
-CAUSES = {  # errors of torch that a user can do something about
-    "Bus error": "shared memory is full: lower --workers (in a container, raise its --shm-size)",
-    "can't allocate memory": "memory is full: lower --batch-size or --workers",
-    "CUDA out of memory": "the GPU's memory is full: lower --batch-size, or use more GPUs",
-    "DataLoader worker": "a data loading process was killed: if memory is full, lower --workers",
-    "Output size is too small": "the images are too small for this network: raise --crop",
-    "gloo": LOST, "NCCL": LOST}
-
-
-def run_script(parse_args: Callable, main: Callable) -> None:
-    """A script from its command line to its end; what a user or the system causes is one line."""
-    try:
-        main(parse_args())
-        dist.destroy_process_group()
-    except KeyboardInterrupt:  # there is no run yet that could be saved
-        raise SystemExit(130)
-    except FloatingPointError as error:
-        raise SystemExit(str(error))
-    except OSError as error:
-        raise SystemExit(f"{error.strerror or error}: {error.filename or 'is the disk full?'}")
-    except RuntimeError as error:
-        for part, cause in CAUSES.items():
-            if part in str(error):
-                raise SystemExit(f"{cause} ({' '.join(str(error).split())[:200]})")
-        raise

@@ -43,7 +43,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 import data
 from data import learning_rate, number
 from resnet import (Bottleneck, Encoder, LayerNorm, Source, TorchvisionResNet, assert_unchanged,
-                    find_encoders, load_file, norm_layer, save_file)
+                    find_encoders, load_file, save_file)
 
 # ---- The detector --------------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ class Conv5(nn.Module):
         blocks = [Bottleneck(channels if n else in_channels, channels, channels // 4,
                              1 if n else 2, "layer") for n in range(3)]
         self.blocks = nn.Sequential(*blocks)
-        self.norm, self.bf16 = norm_layer("layer", channels), bf16
+        self.norm, self.bf16 = LayerNorm(channels), bf16
 
     def forward(self, regions: Tensor) -> Tensor:
         with torch.autocast(regions.device.type, torch.bfloat16, enabled=self.bf16):
@@ -227,7 +227,7 @@ def prepare(images: list[Tensor], device: torch.device, color_drop: float = 0.0,
     for n, image in enumerate(images):
         x = data.normalise(image.to(device, non_blocking=True))
         if color_drop:
-            place = dist.get_rank() + n * dist.get_world_size()  # as TrainBatches deals them out
+            place = dist.get_rank() + n * dist.get_world_size()  # as train_batches deals them out
             own = torch.Generator(device).manual_seed(data.derive_seed(seed, place))
             dropped, keep = torch.rand(2, generator=own, device=device)
             noise = torch.randn(x.shape, generator=own, device=device)
@@ -297,10 +297,11 @@ def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
                workers: int | None) -> tuple[list[dict], list[dict]]:
     """Every image's detections, boxes in its own pixels, and its truth; from all processes."""
     model.eval()
-    batches, world = data.TestBatches(len(objects), 1), dist.get_world_size()
+    batches, world = data.test_batches(len(objects), 1), dist.get_world_size()
     transform = objects_transform(train=False)
     pairs = []
-    for images, truths in data.load_batches(objects, transform, batches, device, workers, collate):
+    for images, truths in data.load_batches(objects, transform, batches, device, workers,
+                                            collate=collate):
         both = *model(prepare(images, device)), *truths
         pairs.append([{k: v.as_subclass(Tensor).cpu() for k, v in one.items()} for one in both])
     shares = [None] * world
@@ -340,13 +341,15 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
     batch = min(args.batch_size, len(train_set) // world * world)
     epochs = args.epochs if frozen else args.finetune_epochs
     stop = math.ceil(epochs * len(train_set) / batch)
-    optimizer, best = make_optimizer(args, phase, model), data.Best(model, start_map)
+    optimizer, best = make_optimizer(args, phase, model), data.Best(model)
+    best.offer(start_map)
     start = run.resume(key, model=model, optimizer=optimizer, best=best)
 
     ddp, tests = DistributedDataParallel(model), {math.ceil(stop * n / 10) for n in range(1, 11)}
-    batches = data.TrainBatches(len(train_set), batch, args.seed, start, stop)
+    batches = data.train_batches(len(train_set), batch, args.seed, start, stop)
     transform = objects_transform(train=True)
-    loader = data.load_batches(train_set, transform, batches, device, args.workers, collate)
+    loader = data.load_batches(train_set, transform, batches, device, args.workers, skip=True,
+                               collate=collate)
     model.train()
     for step, (images, truths) in run.steps(loader, stop, batch, due=tests.__contains__):
         for group in optimizer.param_groups:
@@ -375,7 +378,6 @@ def run_phases(args: Namespace, row: str, source: Source, sets: tuple[Subset, Su
     """A row of the table: the phases of Sec. 4.3, one from the other's solution, each tested."""
     train_set, held_out, test_set = sets
     network = source.make(args.seed)
-    network.checkpointing = device.type == "cuda" and network.out_channels == 4096
     torch.manual_seed(data.derive_seed(args.seed, "detector"))
     model = build_detector(network, len(test_set.classes), **sizes, bf16=bf16)
     model = model.to(device, memory_format=torch.channels_last)
@@ -485,11 +487,6 @@ def detect_one(args: Namespace) -> None:
     image = v2.functional.pil_to_tensor(picture)
     with torch.no_grad():
         (found,) = model(prepare([image], torch.device("cpu")))
-    columns = (found[k].tolist() for k in ("boxes", "labels", "scores"))
-    for box, label, score in zip(*columns):
-        if score >= 0.5:
-            corners = " ".join(f"{v:.0f}" for v in box)
-            print(f"{saved['classes'][label - 1]:16} {score:.2f}   {corners}")
     path = Path(args.out) / f"detected-{Path(args.detect).stem}.png"
     save_image(draw(image, found, saved["classes"]) / 255, path)
     print(f"wrote {path}: {int((found['scores'] >= 0.5).sum())} objects that score 0.5 or more")
@@ -504,7 +501,7 @@ TINY = dict(data="shapes", side=64, proposals=50, regions=16, batch_size=4, epoc
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line, checked; `sources` in it are the encoders."""
-    parser = data.Parser(__doc__, out="runs/detect")
+    parser = data.make_parser(__doc__, out="runs/detect")
     add, epochs, rate = parser.add_argument, number(1e-3, 1e6), number(1e-12, 1e3)
     add("--data", default="voc", help="folder that holds VOCdevkit/VOC2007; or voc2007 "
         "(downloaded), shapes (made)")
@@ -556,8 +553,7 @@ def main(args: Namespace) -> None:
     if len(train_set) < dist.get_world_size():
         raise SystemExit(f"{args.data} has {len(train_set)} training images, fewer than processes")
     run = data.Run(args, images=[len(whole), whole.names[0], whole.names[-1]], bf16=bf16,
-                   processes=dist.get_world_size(), encoders=data.digests(args.encoder))
-    run.state = run.state or {"done": {}, "solution": {}}
+                   processes=dist.get_world_size(), encoders=data.fingerprints(args.encoder))
     if run.is_main:
         print(f"{len(train_set)} training, {len(held_out)} held-out and {len(test_set)} test "
               f"images, {len(whole.classes)} classes, shorter side {args.side}; {args.batch_size} "
@@ -572,4 +568,5 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    data.run_script(parse_args, main)
+    main(parse_args())
+    dist.destroy_process_group()

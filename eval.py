@@ -21,12 +21,10 @@ import os
 import random
 import statistics
 import time
-import zlib
-from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -105,56 +103,44 @@ class Classifier(nn.Module):
 # ---- Rows of the table: feature extractors f_theta -----------------------------------------------
 
 
-class Row(NamedTuple):
-    """A feature extractor f_theta, and what its images look like."""
-
-    encoder: str  # cpc, random, torchvision, pixels, patched, patched-none
-    arch: str
-    make: Callable[[int], nn.Module]  # seed -> a new network
-    crop: int
-    patch: int | None = None  # None: it sees whole images
-    stride: int | None = None
-    supervised: bool = False  # from scratch, on the labels alone
-    trained: dict = {}  # pre-training's arguments
-
-
-def find_rows(args: Namespace, sources: list[Source]) -> list[Row]:
-    """The rows that `--encoder` and `--supervised` ask for."""
-    rows, file = [], next((source.file for source in sources if source.file), None)
-    for source in sources if args.head != "none" else []:
-        known = source.file
-        geometry = (known["crop"], known["patch"], known["stride"]) if known else (args.crop,)
-        trained = known["trained"] if known else {}
-        rows.append(Row(source.name, source.arch, source.make, *geometry, trained=trained))
+def find_rows(args: Namespace, sources: list[Source]) -> list[Source]:
+    """The rows that `--encoder` and `--supervised` ask for. What `file` says of a row is its crop,
+    its patch and stride (None: it sees whole images), and how it was `trained`."""
+    whole = dict(crop=args.crop, patch=None, stride=None, trained={})
+    file = next((source.file for source in sources if source.file), None)
+    rows = []
+    if args.head != "none":
+        rows = [source._replace(file=source.file or whole) for source in sources]
     for name in args.supervised:
+        arch, _, stem = name.partition(":")
         if not name.startswith("patched"):  # A.4: ResNet v2, with batch norm, on whole images
-            arch, _, stem = name.partition(":")
-            source = Source("pixels", name, Encoder, (arch, "batch", stem or None))
-            rows.append(Row(source.name, source.arch, source.make, args.crop, supervised=True))
+            network = arch, "batch", stem or None
+            rows.append(Source("pixels", name, Encoder, network, file=whole, supervised=True))
         elif file:  # Sec. 4.1: CPC's own encoder: 66.4 % with batch norm, 62.5 % without
-            norm = "none" if name == "patched-none" else "batch"
-            source = Source(name, file["arch"], Encoder, (file["arch"], norm, file["stem"]))
-            geometry = file["crop"], file["patch"], file["stride"]
-            rows.append(Row(source.name, source.arch, source.make, *geometry, supervised=True))
+            network = file["arch"], "none" if name == "patched-none" else "batch", file["stem"]
+            rows.append(Source(name, file["arch"], Encoder, network, supervised=True,
+                               file=file | {"trained": {}}))
         else:
             raise SystemExit(f"{name} takes architecture and patches from an encoder.pt: name one "
                              f"in --encoder")
     return rows
 
 
-def augmentation(row: Row, args: Namespace) -> tuple[v2.Compose, dict]:
+def augmentation(row: Source, args: Namespace) -> tuple[v2.Compose, dict]:
     """What a row trains with: a transform of the image, and `data.augment_patches`' keywords."""
-    grey = row.trained.get("image_aug") == "v1"
-    if args.head == "linear" and row.trained:
+    trained, crop = row.file["trained"], row.file["crop"]
+    if args.head == "linear" and trained:
         # Sec. 2.2, linear classification: "the same data-augmentation as in the unsupervised
-        # learning phase", from the encoder's file; --color-drop and --min-area may override it
-        kind, patches = row.trained["image_aug"], {"color_drop": args.color_drop}
-        patches |= {name: row.trained[name] for name in ("jitter", "flip")}
-        return data.image_transform(kind, row.crop, args.min_area, grey=grey), patches
-    transform = data.image_transform("inception", row.crop, args.min_area, args.distort, grey)
+        # learning phase", from the encoder's file; of colours dropped and area: from the flags,
+        # whose defaults are the first file's
+        patches = dict(color_drop=args.color_drop, jitter=trained["jitter"], flip=trained["flip"])
+        return data.image_transform(trained["image_aug"], crop, args.min_area), patches
+    grey = trained.get("image_aug") == "v1"
+    transform = data.image_transform("inception", crop, args.min_area, args.distort, grey)
     if row.supervised or args.head == "linear":
         # A.4: "the Inception pre-processing pipeline". ours: no colours are dropped, which is what
-        # held-out images choose for these rows (assets/results.md, "Augmentation from pixels").
+        # held-out images choose for supervised rows (assets/results.md, "Augmentation from
+        # pixels"); nor for a probe of torchvision's.
         return transform, {}
     # Sec. 2.2, efficient classification: "In addition to random color-dropping we use the
     # Inception data-augmentation scheme"
@@ -171,7 +157,7 @@ class Cell:
     """One training and test: whose labels are used, and how images reach the classifier."""
 
     args: Namespace
-    row: Row
+    row: Source
     labels: float  # the share that is used
     seed: int
     classes: int
@@ -184,15 +170,17 @@ class Cell:
 
     def inputs(self, images: Tensor, seed: int | None = None, **augmented) -> Tensor:
         """uint8 [B, 3, S, S] -> what the network takes; a whole image is one patch."""
-        patch, stride = self.row.patch or self.row.crop, self.row.stride or 1
+        whole, stride = not self.row.file["patch"], self.row.file["stride"] or 1
+        patch = self.row.file["patch"] or self.row.file["crop"]
         patches = data.to_patches(images, self.device, patch, stride, seed, **augmented)
-        return patches if self.row.patch else patches.flatten(0, 2)
+        return patches.flatten(0, 2) if whole else patches
 
     def train_batches(self, batch: int, start: int, stop: int) -> Iterator:
         """(inputs, labels) of steps start to stop, augmented."""
         transform, augmented = augmentation(self.row, self.args)
-        batches = data.TrainBatches(len(self.train), batch, self.seed, start, stop)
-        loader = data.load_batches(self.train, transform, batches, self.device, self.args.workers)
+        batches = data.train_batches(len(self.train), batch, self.seed, start, stop)
+        loader = data.load_batches(self.train, transform, batches, self.device, self.args.workers,
+                                   skip=True)
         for step, (images, labels) in enumerate(loader, start):
             seed = data.derive_seed(self.seed, "patches", step)
             yield self.inputs(images, seed, **augmented), labels.to(self.device)
@@ -206,10 +194,10 @@ class Cell:
         if model.frozen and name in self.cache:
             yield from self.cache[name]
             return
-        grey = self.row.trained.get("image_aug") == "v1"
-        transform = data.image_transform("test", self.row.crop, grey=grey)  # Sec. 2.2: none
+        grey = self.row.file["trained"].get("image_aug") == "v1"
+        transform = data.image_transform("test", self.row.file["crop"], grey=grey)
         batch = max(1, self.args.batch_size // dist.get_world_size())
-        batches = data.TestBatches(len(images), batch)
+        batches = data.test_batches(len(images), batch)
         kept, size = [], 0
         for x, y in data.load_batches(images, transform, batches, self.device, self.args.workers):
             with self.autocast():
@@ -257,8 +245,6 @@ def variant(recipe: dict, seed: int) -> dict:
 def build_classifier(cell: Cell, dropout: float) -> Classifier:
     """The row's network under its head, both with weights that are a function of the seed."""
     row, encoder = cell.row, cell.row.make(cell.seed)
-    # ours: as in pre-training, 64 images of ResNet-161 keep 59 GiB without recomputation
-    encoder.checkpointing = cell.device.type == "cuda" and encoder.out_channels == 4096
     channels = encoder.out_channels
     torch.manual_seed(data.derive_seed(cell.seed, "head"))
     if row.supervised:
@@ -266,7 +252,8 @@ def build_classifier(cell: Cell, dropout: float) -> Classifier:
     elif cell.args.head == "linear":
         head = LinearProbe(channels, cell.classes)
     else:
-        size = (channels, channels // 4) if cell.args.narrow else (4096, 1024)  # paper: the second
+        # paper: 4096 and 1024. ours: the head of a small encoder is as wide as the encoder
+        size = (4096, 1024) if channels >= 1024 else (channels, channels // 4)
         head = resnet_head(channels, cell.classes, dropout, *size)
     model = Classifier(encoder, head, frozen=not row.supervised)
     return model.to(cell.device, memory_format=torch.channels_last)
@@ -308,7 +295,8 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
     stop = math.ceil(max(epochs, recipe["min_steps"]))
     constant = isinstance(model.head, LinearProbe)  # paper: A.3 names a learning rate, no schedule
     part = model.head if model.frozen else model  # what is trained, and saved
-    optimizer, best = make_optimizer(model, stage, recipe), data.Best(part, start_top1)
+    optimizer, best = make_optimizer(model, stage, recipe), data.Best(part)
+    best.offer(start_top1)
     start = run.resume(key, model=part, optimizer=optimizer, best=best)
 
     ddp, tests = DistributedDataParallel(model), {math.ceil(stop * n / 10) for n in range(1, 11)}
@@ -343,12 +331,12 @@ def choose_recipe(cell: Cell, recipe: dict, trials: int, run: data.Run) -> dict:
     scores = []
     for n, trial in enumerate(recipes):
         stage = "scratch" if cell.row.supervised else "frozen"
-        key = f"{cell.row.encoder}/{cell.row.arch}/{stage}/{cell.labels:g}/trial {n}"
+        key = f"{cell.row.name}/{cell.row.arch}/{stage}/{cell.labels:g}/trial {n}"
         if key not in run.state["done"]:
             model = build_classifier(cell, trial["dropout"])
             try:
                 top1 = fit(cell, model, trial, stage, key, run)
-            except FloatingPointError:
+            except data.Diverged:
                 top1 = -1.0
             run.state["done"][key] = dict(held_out_top1=top1, recipe=trial)
             run.log("trial", fit=key, held_out_top1=top1, recipe=trial)
@@ -362,7 +350,7 @@ def run_stage(cell: Cell, model: Classifier, recipe: dict, stage: str, run: data
     """One stage of a cell: train, test, and log a `result`, which it returns. What the run has
     done already is not trained again: `model` then has the weights of its head if they were kept
     for the next stage (keep), and else stays as it is. before: the result of the stage before."""
-    key = f"{cell.row.encoder}/{cell.row.arch}/{stage}/{cell.labels:g}/seed {cell.seed}"
+    key = f"{cell.row.name}/{cell.row.arch}/{stage}/{cell.labels:g}/seed {cell.seed}"
     if key in run.state["done"]:
         if key in run.state["solution"]:
             model.head.load_state_dict(run.state["solution"][key])
@@ -377,11 +365,11 @@ def run_stage(cell: Cell, model: Classifier, recipe: dict, stage: str, run: data
     else:
         top1, top5 = (round(top, 3) for top in cell.accuracy(model, cell.test, "test"))
     result = dict(
-        encoder=cell.row.encoder, arch=cell.row.arch, stage=stage, head=cell.args.head,
+        encoder=cell.row.name, arch=cell.row.arch, stage=stage, head=cell.args.head,
         labels=cell.labels, labelled_images=len(cell.train), held_out_images=len(cell.held_out),
         seed=cell.seed, held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe,
         seconds=round(time.time() - began, 1))
-    if run.is_main and cell.row.supervised and cell.row.patch:
+    if run.is_main and cell.row.supervised and cell.row.file["patch"]:
         save_trunk(cell, model.encoder, run.folder)
     run.state["done"][key] = result
     run.state["solution"] = {key: copy.deepcopy(model.head.state_dict())} if keep else {}
@@ -416,11 +404,11 @@ def save_trunk(cell: Cell, encoder: Encoder, folder: Path) -> None:
     """What a supervised row has learned on CPC's own patches, as a file for detect.py's
     `--encoder`: Table 3's supervised trunk, here of the same labels."""
     row = cell.row
-    geometry = dict(crop=row.crop, patch=row.patch, stride=row.stride, mean=data.MEAN, std=data.STD)
-    how = dict(supervised=row.encoder, labels=cell.labels, image_aug="inception", jitter=False,
+    geometry = {name: row.file[name] for name in ("crop", "patch", "stride", "mean", "std")}
+    how = dict(supervised=row.name, labels=cell.labels, image_aug="inception", jitter=False,
                flip=0.0)
     trained = {k: v for k, v in vars(cell.args).items() if k not in ("out", "workers", "encoder")}
-    path = folder / f"{row.encoder}-{cell.labels:g}-seed-{cell.seed}.pt"
+    path = folder / f"{row.name}-{cell.labels:g}-seed-{cell.seed}.pt"
     save_encoder(path, encoder, geometry, trained | how)
 
 
@@ -463,16 +451,9 @@ def print_tables(results: list[dict], classes: int, test_images: int) -> None:
 
 # ---- Command line --------------------------------------------------------------------------------
 
-# Defaults by head; --head none has those of resnet. SMALL replaces some of them with a small
-# encoder, TINY with --tiny.
-DEFAULTS = {
-    # paper: A.3, Adam 5e-4 and 512 images; ours: the epochs, which are not stated
-    "linear": dict(epochs=30, min_steps=0, batch_size=512, lr=5e-4, weight_decay=0.0, held_out=0.0,
-                   distort=False, finetune_epochs=0.0, finetune_lr=0.0),
-    # paper: A.4's learning rates and drop-out; ours: the rest
-    "resnet": dict(epochs=50, min_steps=10_000, batch_size=512, lr=0.1, weight_decay=1e-4,
-                   held_out=0.02, distort=True, finetune_epochs=50, finetune_lr=1e-4),
-}
+# The flags' own defaults are those of an 11-block head, or of pixels, at the paper's scale.
+# A linear probe's. paper: A.3, Adam 5e-4 and 512 images; ours: the epochs, which are not stated
+PROBE = dict(epochs=30, min_steps=0, lr=5e-4, weight_decay=0.0, held_out=0.0, distort=False)
 # ours: with an encoder of a million parameters or less, a few hundred steps
 SMALL_ENCODERS = ("tiny", "small", "shallow")
 SMALL = {
@@ -494,11 +475,10 @@ SUPERVISED_LONGER = 2.5
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line, checked; `sources` in it are the encoders. The first one's scale, data and
     augmentation are the defaults."""
-    parser = data.Parser(__doc__, out="runs/eval")
+    parser = data.make_parser(__doc__, out="runs/eval")
     add, share = parser.add_argument, number(0, 1)
-    add("--data", help=parser.DATA + " (default: the encoder's)")
-    add("--tiny", action="store_true", help="the CPU scale, on shapes (default: with an encoder "
-        "of it)")
+    add("--data", default="imagenet", help=data.DATA + "; with an encoder, its own")
+    add("--tiny", action="store_true", help="the CPU scale, on shapes; with an encoder of it, too")
     add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help="what cpc.py "
         "wrote; random: the same network untrained; torchvision:resnet50[:WEIGHTS]")
     add("--head", choices=("linear", "resnet", "none"), help="on the latents; none: the supervised "
@@ -509,68 +489,64 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--supervised", nargs="*", metavar="ARCH", help="also from pixels (A.4): resnet50, "
         "resnet101, resnet152 (default), ..., with :STEM for another stem; from scratch as CPC's "
         "encoder (Sec. 4.1): patched, with batch norm, or patched-none")
-    add("--held-out", type=number(0, 0.5), help="share of the training images, or of those that "
-        "--subset leaves, to stop and select by; 0 for a fixed schedule (default: 0.02, small "
-        "0.05, linear probe 0)")
+    add("--held-out", type=number(0, 0.5), default=0.02, help="share of the training images, or of "
+        "those that --subset leaves, to stop and select by; 0 for a fixed schedule")
     add("--sweep", type=number(0, 1e6, int), default=0, metavar="N", help="recipes tried for each "
         "row and share")  # paper: A.4
     add("--seeds", type=number(1, 1e6, int), default=1, help="runs, each with its own labels")
-    # the recipe: ours, but for A.4's learning rates and for the linear probe's
-    add("--epochs", type=number(1e-3, 1e6), help="over the labelled images (default: 50, small 5; "
-        "linear probe 30, small 10)")
-    add("--finetune-epochs", type=number(1e-3, 1e6), help="of fine-tuning (default: 50, small 5)")
-    add("--min-steps", type=number(0, 1e9), help="at least, for few labels; for --finetune-epochs "
-        "in proportion (default: 10000, small 450; linear probe 0)")
-    add("--batch-size", type=number(1, 1e9, int), help="of all processes (default: 512, small 32; "
-        "linear probe, small 64)")
-    add("--lr", type=number(1e-12, 1e3), help="peak learning rate of SGD (default: 0.1); linear "
-        "probe: of Adam (5e-4, small 5e-3)")
-    add("--finetune-lr", type=number(1e-12, 1e3), help="peak learning rate of fine-tuning, of "
-        "AdamW (default: 1e-4, small 1e-3)")
-    add("--weight-decay", type=share, help="of all weights (default: 1e-4, linear probe 0)")
+    # The recipe, ours. A.4 has the learning rate, for the supervised rows. These defaults are
+    # others for a linear probe, a small encoder, --tiny: see above.
+    add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images")
+    add("--finetune-epochs", type=number(1e-3, 1e6), default=50, help="of fine-tuning")
+    add("--min-steps", type=number(0, 1e9), default=10_000, help="at least, for few labels; for "
+        "--finetune-epochs in proportion")
+    add("--batch-size", type=number(1, 1e9, int), default=512, help="of all processes")
+    add("--lr", type=number(1e-12, 1e3), default=0.1, help="peak learning rate of SGD; linear "
+        "probe: of Adam")
+    add("--finetune-lr", type=number(1e-12, 1e3), default=1e-4, help="of AdamW")
+    add("--weight-decay", type=share, default=1e-4, help="of all weights")
     add("--dropout", type=number(0, 0.99), default=0.2, help="before the last layer")
-    # Sec. 2.2, A.4: Inception preprocessing and color-dropping
-    add("--crop", type=number(1, 1e5, int), help="side of the image (default: the encoder's)")
-    add("--min-area", type=number(1e-3, 1), help="of the inception crop (default: the encoder's)")
-    add("--color-drop", type=share, help="of the encoders' rows, probability for a patch or a "
-        "whole image (default: the encoder's)")
-    add("--distort", action=BooleanOptionalAction, help="Inception's colour distortion (default: "
-        "but for the linear probe)")
-    args = parser.parse_args(argv)
+    # Sec. 2.2, A.4: Inception preprocessing and color-dropping. With an encoder, crop, area and
+    # colour dropping are its own.
+    add("--crop", type=number(1, 1e5, int), default=240, help="side of the image")
+    add("--min-area", type=number(1e-3, 1), default=0.08, help="of the inception crop")
+    add("--color-drop", type=share, default=0.5, help="of the encoders' rows, probability for a "
+        "patch or a whole image")
+    add("--distort", action=BooleanOptionalAction, default=True, help="Inception's colours")
 
-    few_labels = args.labels or args.subset
-    if args.head is None and few_labels:
-        args.head = "resnet"
-    elif args.head is None:
-        args.head = "linear" if args.supervised is None else "none"
-    if args.head == "none" and not any("patched" in name for name in args.supervised or []):
-        args.encoder = []  # pixels alone: whether an encoder was trained here changes nothing
-    args.sources = find_encoders(args.encoder)
-    file = next((source.file for source in args.sources if source.file), None)
-    kind = "linear" if args.head == "linear" else "resnet"
-    defaults = dict(data="imagenet", crop=240, min_area=0.08, color_drop=0.5, labels=[1.0])
-    defaults |= DEFAULTS[kind]
+    early, _ = parser.parse_known_args(argv)
+    head, names, supervised = early.head, early.encoder, early.supervised or []
+    if head is None and (early.labels or early.subset):
+        head = "resnet"
+    elif head is None:
+        head = "linear" if early.supervised is None else "none"
+    if head == "none" and not any("patched" in name for name in supervised):
+        names = []  # pixels alone: whether an encoder was trained here changes nothing
+    sources = find_encoders(names)
+    kind = "linear" if head == "linear" else "resnet"
+    if head == "linear":
+        parser.set_defaults(**PROBE)
+    file, tiny = next((source.file for source in sources if source.file), None), early.tiny
     if file:
         trained = file["trained"]
-        defaults |= {name: trained[name] for name in ("data", "min_area", "color_drop")}
-        defaults |= dict(crop=file["crop"], **SMALL[kind] if file["arch"] in SMALL_ENCODERS else {})
-        args.tiny = args.tiny or trained["data"] == "shapes"
-    if args.tiny:
-        defaults |= dict(data="shapes", **TINY[kind])
-        defaults["crop"] = file["crop"] if file else 32
-    args.narrow = args.tiny or bool(file) and file["arch"] in SMALL_ENCODERS
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.supervised == []:
-        args.supervised = ["tiny" if args.tiny else "resnet152"]  # ours: a tiny ResNet v2 stands in
-    args.supervised = args.supervised or []
-    args.labels = sorted(set(args.labels))
+        parser.set_defaults(crop=file["crop"], data=trained["data"], min_area=trained["min_area"],
+                            color_drop=trained["color_drop"])
+        if file["arch"] in SMALL_ENCODERS:
+            parser.set_defaults(**SMALL[kind])
+        tiny = tiny or trained["data"] == "shapes"
+    if tiny:
+        crop = file["crop"] if file else 32
+        parser.set_defaults(data="shapes", crop=crop, **TINY[kind])
+    if early.supervised == []:
+        supervised = ["tiny" if tiny else "resnet152"]  # ours: a tiny ResNet v2 stands in
+    args = parser.parse_args(argv)
+    args.head, args.encoder, args.sources, args.tiny = head, names, sources, tiny
+    args.supervised, args.labels = supervised, sorted(set(args.labels or [1.0]))
     check_args(parser, args, file)
     return args
 
 
-def check_args(parser: data.Parser, args: Namespace, file: dict | None) -> None:
+def check_args(parser: ArgumentParser, args: Namespace, file: dict | None) -> None:
     """Exit with one line on flags that cannot work together."""
     for name in args.supervised:
         arch, _, stem = name.partition(":")
@@ -628,11 +604,9 @@ def main(args: Namespace) -> None:
         raise SystemExit(f"--held-out {args.held_out} of {len(train_set)} images in {classes} "
                          f"classes is none: raise it, or pass 0 for a fixed schedule")
     rows = find_rows(args, vars(args).pop("sources"))
-    labelled = [[len(chosen), zlib.crc32(repr(chosen).encode())]  # which, in a few digits
-                for _, chosen, _ in columns[args.seed]]
-    run = data.Run(args, images=data.summary_of(train_set), bf16=bf16, labelled=labelled,
-                   processes=dist.get_world_size(), encoders=data.digests(args.encoder))
-    run.state = run.state or {"done": {}, "solution": {}}
+    files = data.fingerprints([*args.encoder, *([args.subset] if args.subset else [])])
+    run = data.Run(args, images=data.summary_of(train_set), bf16=bf16, files=files,
+                   processes=dist.get_world_size())
     if run.is_main:
         for seed in seeds:
             write_lists(run.folder, train_set, seed, columns[seed])
@@ -650,7 +624,7 @@ def main(args: Namespace) -> None:
                     recipe["epochs"] *= longer
                     recipe["min_steps"] *= longer
                 if args.sweep:  # on the first seed's labels, for all seeds
-                    where = row.encoder, row.arch, row.supervised, share
+                    where = row.name, row.arch, row.supervised, share
                     if where not in recipes:
                         recipes[where] = choose_recipe(cell, recipe, args.sweep, run)
                     recipe = recipes[where]
@@ -661,4 +635,5 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    data.run_script(parse_args, main)
+    main(parse_args())
+    dist.destroy_process_group()

@@ -42,7 +42,6 @@ ARCHITECTURES = {
 }
 # Each stem and its stride. ours: the last two, for patches of less than 32 pixels.
 STEMS = {"7x7": 4, "3x3/2": 2, "3x3": 1}
-NORMS = ("layer", "batch", "none")  # paper: Sec. 4.1, "Layer normalization", compares the three
 
 
 class LayerNorm(nn.Module):
@@ -70,6 +69,10 @@ class LayerNorm(nn.Module):
             return F.layer_norm(x, shape, weight, bias).permute(0, 3, 1, 2)
 
 
+# paper: Sec. 4.1, "Layer normalization", compares the three, in front of every ReLU
+NORMS = {"layer": LayerNorm, "batch": nn.BatchNorm2d, "none": nn.Identity}
+
+
 class Conv1x1(nn.Conv2d):
     """A 1x1 convolution, computed as the matrix product that it is. ours, measured on a CPU with
     bfloat16 matrix units: torch's convolution takes up to ten times as long backward on small maps
@@ -83,15 +86,6 @@ class Conv1x1(nn.Conv2d):
         return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
 
 
-def norm_layer(norm: str, channels: int) -> nn.Module:
-    """The normalisation in front of every ReLU: "layer" (the paper's choice), "batch" or "none"."""
-    if norm == "layer":
-        return LayerNorm(channels)
-    if norm == "batch":
-        return nn.BatchNorm2d(channels)
-    return nn.Identity()
-
-
 class Bottleneck(nn.Module):
     """Pre-activation bottleneck (He et al. 2016b): x + conv1x1(conv3x3(conv1x1(x))), a norm and a
     ReLU before each convolution. The 3x3 carries the stride. [N, C, h, w] -> [N, D, h/s, w/s]"""
@@ -99,11 +93,11 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, width: int, stride: int, norm: str):
         super().__init__()
         bias = norm == "none"  # as in every published ResNet: with a norm, its bias is the only one
-        self.norm1 = norm_layer(norm, in_channels)
+        self.norm1 = NORMS[norm](in_channels)
         self.conv1 = Conv1x1(in_channels, width, bias)
-        self.norm2 = norm_layer(norm, width)
+        self.norm2 = NORMS[norm](width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=bias)
-        self.norm3 = norm_layer(norm, width)
+        self.norm3 = NORMS[norm](width)
         self.conv3 = Conv1x1(width, out_channels, bias)
         self.stride = stride
         self.project = None
@@ -126,11 +120,11 @@ class Encoder(nn.Module):
 
     arch: a key of ARCHITECTURES; norm: one of NORMS; stem: "7x7" (7x7/2, then a 3x3/2 max-pool:
     with three stacks a total stride of 16), "3x3/2" (8) or "3x3" (4), None for the architecture's
-    own; checkpointing: recompute each block in the backward pass, keep no activations inside it.
-    """
+    own; checkpointing: recompute each block in the backward pass, keep no activations inside it
+    (None: for 4096 channels on a GPU)."""
 
     def __init__(self, arch: str = "resnet161", norm: str = "layer", stem: str | None = None,
-                 checkpointing: bool = False):
+                 checkpointing: bool | None = None):
         super().__init__()
         blocks, channels, widths, own_stem = ARCHITECTURES[arch]
         self.arch, self.norm, self.stem = arch, norm, stem or own_stem
@@ -151,7 +145,7 @@ class Encoder(nn.Module):
                 stride = 2 if stack > 0 and block == 0 else 1
                 self.blocks.append(Bottleneck(c, d, width, stride, norm))
                 c = d
-        self.final_norm = norm_layer(norm, c)  # pre-activation blocks end without one
+        self.final_norm = NORMS[norm](c)  # pre-activation blocks end without one
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -169,8 +163,11 @@ class Encoder(nn.Module):
         """Fully convolutional: [N, 3, H, W] -> [N, D, H / stride, W / stride] (rounded up)."""
         x = images.contiguous(memory_format=torch.channels_last)
         x = self.pool(self.conv1(x))
+        recompute = self.checkpointing
+        if recompute is None:  # ours: by counting, 64 images of ResNet-161 keep 59 GiB without
+            recompute = x.is_cuda and self.out_channels == 4096
         for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
+            if recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
@@ -242,12 +239,14 @@ def save_encoder(path: str | Path, encoder: Encoder, geometry: dict, trained: di
 def load_encoder(path: str | Path) -> tuple[Encoder, dict]:
     """Read `encoder.pt`: the network it describes with its weights, in eval mode, and all else
     that is in the file. Exits with one line on a missing, foreign or damaged file."""
+    if not os.path.isfile(path):
+        raise SystemExit(f"no encoder at {path}: run cpc.py first, or pass --encoder FILE")
     saved = load_file(Path(path), "encoder")
     try:
         encoder = Encoder(saved["arch"], saved["norm"], saved["stem"])
         encoder.load_state_dict(saved.pop("state"))
     except (KeyError, RuntimeError):
-        raise SystemExit(f"{path} holds no network that this code knows, but {saved.get('arch')}")
+        raise SystemExit(f"{path}: its weights fit no {saved.get('arch')} that this code knows")
     return encoder.eval(), saved
 
 
@@ -269,9 +268,9 @@ class TorchvisionResNet(nn.Module):
             except Exception as error:  # foreign bytes, another model's weights: no common class
                 reason = " ".join(str(error).split())[:200]
                 raise SystemExit(f"{weights} does not hold the weights of {name}: {reason}")
-        names = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
         self.arch = name
-        self.layers = nn.Sequential(*(getattr(model, n) for n in names[:names.index(last) + 1]))
+        without = 2 if last == "layer4" else 3  # pooling and the classifier, or layer4 too
+        self.layers = nn.Sequential(*list(model.children())[:-without])
         self.stride = 32 if last == "layer4" else 16
         self.out_channels = model.fc.in_features // (32 // self.stride)
 
@@ -281,14 +280,15 @@ class TorchvisionResNet(nn.Module):
 
 
 class Source(NamedTuple):
-    """What one name on `--encoder` stands for."""
+    """A feature extractor: what one name on `--encoder` or `--supervised` stands for."""
 
-    name: str  # "cpc", "random", "torchvision", or "patched", which eval.py has trained on labels
+    name: str  # cpc, random, torchvision; of eval.py's, trained on labels: pixels, patched, ...
     arch: str
     network: type[nn.Module]
     arguments: tuple  # of `network`
     weights: dict | None = None  # a state_dict; None: random weights
-    file: dict | None = None  # what encoder.pt says beside the weights
+    file: dict | None = None  # what encoder.pt says beside the weights; None: not of a file
+    supervised: bool = False  # it starts from random weights and learns from labels alone
 
     def make(self, seed: int) -> nn.Module:
         """A new network. Random weights are a function of the seed: cpc.py starts from the same."""
@@ -300,36 +300,31 @@ class Source(NamedTuple):
 
 
 def find_encoders(names: list[str], last: str = "layer4") -> list[Source]:
-    """The encoders that `--encoder` names. FILE: what cpc.py wrote; random: the first FILE's
-    network, untrained; torchvision:MODEL[:WEIGHTS]. Exits with one line on anything else."""
-    files = {}
-    for name in names:
-        if name != "random" and not name.startswith("torchvision:"):
-            if not os.path.isfile(name):
-                raise SystemExit(f"no encoder at {name}: run cpc.py first, or pass --encoder FILE")
-            files[name] = load_encoder(name)
+    """The encoders that `--encoder` names. FILE: what cpc.py wrote; random: the network of the FILE
+    before it, untrained; torchvision:MODEL[:WEIGHTS]. Exits with one line on anything else."""
     sources = []
     for name in names:
-        if name in files:
-            encoder, file = files[name]
-            kind = file["trained"].get("supervised", "cpc")
-            arch = file["arch"] if len(files) == 1 else f"{file['arch']} {name}"
-            network = encoder.arch, encoder.norm, encoder.stem
-            sources.append(Source(kind, arch, Encoder, network, encoder.state_dict(), file))
-        elif name == "random":
-            if not files:
-                raise SystemExit("--encoder random takes its architecture from an encoder.pt: "
-                                 "name one beside it")
-            _, file = next(iter(files.values()))
-            network = file["arch"], file["norm"], file["stem"]
-            sources.append(Source("random", file["arch"], Encoder, network, file=file))
-        else:
+        if name == "random":
+            if not sources or not sources[0].file:
+                raise SystemExit("--encoder random takes its architecture from an encoder.pt: name "
+                                 "one before it")
+            sources.append(sources[0]._replace(name="random", weights=None))
+        elif name.startswith("torchvision:"):
             _, model, *weights = name.split(":", 2)
             if model not in models.list_models(models, include="resnet*"):
                 raise SystemExit(f"--encoder {name}: torchvision has no such ResNet")
             network = model, weights[0] if weights else None, last
             sources.append(Source("torchvision", name.split(":", 1)[1], TorchvisionResNet, network))
             sources[-1].make(0)  # so that weights that do not fit are refused at once
+        else:
+            encoder, file = load_encoder(name)
+            kind = file["trained"].get("supervised", "cpc")
+            network = encoder.arch, encoder.norm, encoder.stem
+            sources.append(Source(kind, encoder.arch, Encoder, network, encoder.state_dict(), file))
+    if sum(bool(source.weights) for source in sources) > 1:
+        for n, (source, name) in enumerate(zip(sources, names)):
+            if source.weights:  # rows of the table are told apart by their files
+                sources[n] = source._replace(arch=f"{source.arch} {name}")
     return sources
 
 
