@@ -24,6 +24,8 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,9 +52,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def process_group():
-    data.start_process()  # a world of one
-    torch.set_num_threads(1)  # two would wait for each other beside any other busy process
+def session(request):
+    """A world of one process and one thread. Whole commands begin at once, if a test wants one."""
+    data.start_process()
+    torch.set_num_threads(1)
+    if any("commands" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("commands")
 
 
 def generator(seed=0):
@@ -1155,12 +1160,15 @@ def test_what_a_run_may_continue(tmp_path):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
+    code = ("import fcntl; log = open('log.jsonl', 'a'); fcntl.lockf(log, fcntl.LOCK_EX); "
+            "print(flush=True); input()")
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    other.stdout.readline()  # it has the lock, as a run has
+    with pytest.raises(SystemExit, match="another run is writing to"):
+        make_run(tmp_path)
+    other.communicate(b"\n")
     make_run(tmp_path)
-    run = f"data.start_process(); data.Run(Namespace(out='{tmp_path}', save_every=1))"
-    code = f"import sys; sys.path.insert(0, '{HERE}'); import data; from argparse import Namespace"
-    code = f"{code}; {run}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "another run is writing to" in done.stderr.splitlines()[-1]
 
 
 def steps_of(run, values, label="train", after=None):
@@ -1337,34 +1345,34 @@ def check_processes(folder, voc, out):
         [*encoder, "--data", voc, *DETECT, "--phase", "finetuned", "--out", f"{out}/detect"]))
 
 
-def test_any_number_of_processes_computes_the_same(folder, voc, tmp_path, monkeypatch):
+def test_any_number_of_processes_computes_the_same(commands, monkeypatch):
     """Sec. 2.1's minibatch is the whole batch: one, two and three processes have the same patches,
     to the bit, and the same losses and gradients. Two processes, one of them killed, end with the
     same weights; and every test image counts once, though 11 and 3 do not divide by two."""
     monkeypatch.setattr(cpc, "CHUNK", FEW_QUERIES)
+    out = commands("two processes")[0].with_name("processes")
+    commands("three processes")
     one = {norm: three_steps(norm) for norm in ("layer", "none")}
     for world in (2, 3):
-        done = run("test_cpc.py", folder, voc, tmp_path, processes=world)
-        assert done.returncode == 0, done.stderr
-        several = torch.load(tmp_path / f"steps-{world}.pt", weights_only=True)
+        steps = torch.load(out / f"steps-{world}.pt", weights_only=True)
         for norm in one:
-            for (patches, gradient, loss), ours in zip(one[norm], several[norm], strict=True):
+            for (patches, gradient, loss), ours in zip(one[norm], steps[norm], strict=True):
                 assert torch.equal(patches, ours[0])
                 assert (gradient - ours[1]).norm() < 1e-5 * gradient.norm()
                 assert ours[2].item() == pytest.approx(loss.item(), rel=1e-4)
-    assert len(events(tmp_path / "cpc", "start")) == 2
-    states = [resnet.load_encoder(tmp_path / name / "encoder.pt")[0].state_dict().values()
+    assert len(events(out / "cpc", "start")) == 2
+    states = [resnet.load_encoder(out / name / "encoder.pt")[0].state_dict().values()
               for name in ("undisturbed", "cpc")]
     assert all(map(torch.equal, *states))
-    lines = [[(e["step"], e["loss"], e["accuracy"]) for e in events(tmp_path / name, "train")]
+    lines = [[(e["step"], e["loss"], e["accuracy"]) for e in events(out / name, "train")]
              for name in ("undisturbed", "cpc")]
     assert lines[0] == lines[1] and [step for step, *_ in lines[0]] == [5, 10]
-    assert events(tmp_path / "cpc", "train")[0]["chance_loss"] == pytest.approx(math.log(8 * 25))
-    results = events(tmp_path / "eval", "result")
+    assert events(out / "cpc", "train")[0]["chance_loss"] == pytest.approx(math.log(8 * 25))
+    results = events(out / "eval", "result")
     assert len(results) == 2
     assert all(r["top1"] in [round(100 * n / 11, 3) for n in range(12)] for r in results)
-    assert [r["phase"] for r in events(tmp_path / "detect", "result")] == ["finetuned"]
-    files = (tmp_path / "detect").glob("*/*/comp4*")
+    assert [r["phase"] for r in events(out / "detect", "result")] == ["finetuned"]
+    files = (out / "detect").glob("*/*/comp4*")
     lines = [line.split() for file in files for line in file.read_text().splitlines()]
     assert {line[0] for line in lines} == {"000005", "000006", "000007"}
 
@@ -1385,7 +1393,7 @@ def command(script, *args, processes=0):
     return [*launch, str(HERE / script), *map(str, args)]
 
 
-def run(script, *args, processes=0, cwd=None, timeout=150):
+def run(script, *args, processes=0, cwd=None, timeout=300):
     return subprocess.run(command(script, *args, processes=processes), capture_output=True,
                           text=True, cwd=cwd, env=ONE_THREAD, timeout=timeout)
 
@@ -1407,17 +1415,59 @@ def stop(when, script, *args, number=signal.SIGTERM):
     assert "Traceback" not in "".join(lines) and process.returncode == 128 + number
 
 
+def stop_and_continue(*args, **number):
+    stop(*args, **number)
+    return run(*args[1:])
+
+
+def logged(folder, text):
+    """Whether a run has logged this text."""
+    return lambda: (folder / "log.jsonl").exists() and text in (folder / "log.jsonl").read_text()
+
+
 def events(folder, event):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == event]
 
 
 @pytest.fixture(scope="session")
-def trained(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "cpc"
-    done = run("cpc.py", *TINY, "--data", folder, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out
+def commands(folder, voc, tmp_path_factory):
+    """Whole commands, run one after the other beside the tests. A function of a command's name:
+    its folder and what it printed, when it is done."""
+    out = tmp_path_factory.mktemp("commands")
+    encoder = ["--encoder", out / "cpc" / "encoder.pt"]
+    few = [*encoder, *FEW_LABELS, "--out"]
+    detection = [*encoder, "random", "--data", voc, *DETECT, "--out"]
+    processes = out / "processes"
+    processes.mkdir()
+    calls = {
+        "cpc": partial(run, "cpc.py", *TINY, "--data", folder, "--out", out / "cpc"),
+        "two processes": partial(run, "test_cpc.py", folder, voc, processes, processes=2),
+        "three processes": partial(run, "test_cpc.py", folder, voc, processes, processes=3),
+        "few labels": partial(run, "eval.py", *few, out / "few labels"),
+        "detection": partial(run, "detect.py", *detection, out / "detection"),
+        "few labels again": partial(
+            stop_and_continue, logged(out / "few labels again", "finetuned"), "eval.py", *few,
+            out / "few labels again"),
+        "detection again": partial(
+            stop_and_continue, logged(out / "detection again", "random/"), "detect.py", *detection,
+            out / "detection again", number=signal.SIGINT),
+    }
+    pool = ThreadPoolExecutor(1)
+    started = {name: pool.submit(call) for name, call in calls.items()}
+
+    def finished(name):
+        done = started[name].result()
+        assert done.returncode == 0, done.stderr
+        return out / name, done.stdout
+
+    yield finished
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def trained(commands):
+    return commands("cpc")[0]
 
 
 def test_pretraining_leaves_what_it_promises(trained):
@@ -1445,25 +1495,25 @@ def test_a_run_is_never_overwritten(trained, folder, capsys):
     assert (trained / "encoder.pt").read_bytes() == before
 
 
-def test_benchmark_counts_what_pencil_and_paper_count(folder, tmp_path):
+def test_benchmark_counts_what_pencil_and_paper_count(folder, tmp_path, monkeypatch, capsys):
     """GFLOP an image are 2 a multiply-add, forward and twice that backward. It writes nothing."""
-    done = run("cpc.py", *TINY, "--data", folder, "--benchmark", 1, "--directions", 1, "--lengths",
-               2, cwd=tmp_path)
-    assert done.returncode == 0 and not list(tmp_path.iterdir()), done.stderr
+    monkeypatch.chdir(tmp_path)
+    cpc.main(cpc.parse_args([*TINY, "--data", str(folder), "--benchmark", "1", "--directions", "1",
+                             "--lengths", "2"]))
+    assert not list(tmp_path.iterdir())
     encoder = 64 * 3 * 9 * 32 + 64 * (32 * 32 + 9 * 32 * 32 + 32 * 64 + 32 * 64)  # stem, 8x8
     encoder += 64 * 64 * 32 + 16 * (9 * 32 * 32 + 32 * 128 + 64 * 128)  # second block, to 4x4
     encoder += 16 * 128 * 64 + 4 * (9 * 64 * 64 + 64 * 256 + 128 * 256)  # third, to 2x2
     context = 5 * (2 * 256 * 32 + 3 * 32 * 32 + 2 * 32 * 32) + 2 * 256 * 32  # and projections
     logits = 3 * 5 * 200 * 32  # rows with a target, of eight images' 200 candidates
     expected = 3 * 2 * (25 * (encoder + context) + logits) / 1e9
-    measured = float(re.search(r"([\d.]+) GFLOP an image", done.stdout)[1])
+    measured = float(re.search(r"([\d.]+) GFLOP an image", capsys.readouterr().out)[1])
     assert measured == pytest.approx(expected, abs=0.006)
 
 
-def test_probe_command(trained, folder, tmp_path):
-    done = run("eval.py", "--encoder", trained / "encoder.pt", "random", "--epochs", 1,
-               "--batch-size", 8, "--out", tmp_path / "e")
-    assert done.returncode == 0, done.stderr
+def test_probe_command(trained, tmp_path, capsys):
+    flags = ["--encoder", trained / "encoder.pt", "random", "--epochs", 1, "--batch-size", 8]
+    evaluation.main(evaluation.parse_args([*map(str, flags), "--out", str(tmp_path / "e")]))
     results = events(tmp_path / "e", "result")
     assert [r["encoder"] for r in results] == ["cpc", "random"]
     for r in results:
@@ -1471,7 +1521,7 @@ def test_probe_command(trained, folder, tmp_path):
         assert r["labelled_images"] == 40
         assert (r["held_out_images"], r["seed"], r["top5"]) == (0, 0, 100)
         assert r["top1"] in [round(100 * n / 11, 3) for n in range(12)]
-    assert "chance" in done.stdout
+    assert "chance" in capsys.readouterr().out
 
 
 FEW_LABELS = ["--labels", "1", "0.25", "--supervised", "tiny", "--seeds", "2", "--epochs", "1",
@@ -1479,17 +1529,9 @@ FEW_LABELS = ["--labels", "1", "0.25", "--supervised", "tiny", "--seeds", "2", "
               "--held-out", "0.2", "--sweep", "2", "--workers", "0"]
 
 
-@pytest.fixture(scope="session")
-def few_labels(trained, tmp_path_factory):
-    out = tmp_path_factory.mktemp("few") / "e"
-    done = run("eval.py", "--encoder", trained / "encoder.pt", *FEW_LABELS, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
-
-
-def test_few_labels_command(few_labels):
+def test_few_labels_command(commands):
     """Every cell of the small Fig. 1 once; the lists of its labels; a table of means."""
-    out, printed = few_labels
+    out, printed = commands("few labels")
     results = events(out, "result")
     cells = [(r["encoder"], r["stage"], r["labels"], r["seed"]) for r in results]
     rows = [("cpc", "frozen"), ("cpc", "finetuned"), ("pixels", "scratch")]
@@ -1513,17 +1555,12 @@ def fields(out, event, names):
     return [[line[name] for name in names] for line in events(out, event)]
 
 
-def test_a_continued_evaluation_is_exact_and_repeats_nothing(few_labels, trained, tmp_path):
+def test_a_continued_evaluation_is_exact_and_repeats_nothing(commands):
     """Stopped by SIGTERM in a fine-tuning, continued: the same results, each trained once."""
-    out = tmp_path / "e"
-    flags = ["--encoder", trained / "encoder.pt", *FEW_LABELS, "--out", out]
-    log = out / "log.jsonl"
-    stop(lambda: log.exists() and "finetuned" in log.read_text(), "eval.py", *flags)
-    done = run("eval.py", *flags)
-    assert done.returncode == 0, done.stderr
+    (out, _), (again, _) = commands("few labels"), commands("few labels again")
     for event, names in (("result", ("encoder", "labels", "seed", "held_out_top1", "top1")),
                          ("train", ("fit", "step", "loss"))):
-        assert fields(out, event, names) == fields(few_labels[0], event, names)
+        assert fields(again, event, names) == fields(out, event, names)
 
 
 def test_fixed_schedule_and_subset_list(trained, folder, tmp_path):
@@ -1542,19 +1579,10 @@ def test_fixed_schedule_and_subset_list(trained, folder, tmp_path):
     assert listed == names[:12]
 
 
-@pytest.fixture(scope="session")
-def detected(trained, voc, tmp_path_factory):
-    out = tmp_path_factory.mktemp("detect") / "d"
-    done = run("detect.py", "--encoder", trained / "encoder.pt", "random", "--data", voc, *DETECT,
-               "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
-
-
-def test_detection_command(detected, tmp_path):
+def test_detection_command(commands, tmp_path):
     """From cpc.py's encoder: a result for each encoder and phase, what VOC's devkit scores,
     pictures, and a detector for one's own picture."""
-    out, printed = detected
+    out, printed = commands("detection")
     results = events(out, "result")
     assert [(r["encoder"], r["phase"], r["seed"]) for r in results] == [
         ("cpc", "frozen", 0), ("cpc", "finetuned", 0), ("random", "frozen", 0),
@@ -1573,19 +1601,12 @@ def test_detection_command(detected, tmp_path):
         detect.main(detect.parse_args(["--detect", broken, "--out", str(out)]))
 
 
-def test_a_continued_detection_is_exact_and_repeats_nothing(detected, trained, voc, tmp_path):
-    """Stopped by SIGINT in the second encoder's first phase, continued: the same results."""
-    out = tmp_path / "d"
-    flags = ["--encoder", trained / "encoder.pt", "random", "--data", voc, *DETECT, "--out", out,
-             "--workers", 0]
-    log = out / "log.jsonl"
-    stop(lambda: log.exists() and "random/" in log.read_text(), "detect.py", *flags,
-         number=signal.SIGINT)
-    done = run("detect.py", *flags)
-    assert done.returncode == 0, done.stderr
+def test_a_continued_detection_is_exact_and_repeats_nothing(commands):
+    """Stopped in the second encoder's first phase, continued: the same results."""
+    (out, _), (again, _) = commands("detection"), commands("detection again")
     for event, names in (("result", ("encoder", "phase", "held_out_map", "mAP", "ap")),
                          ("train", ("fit", "step", "loss"))):
-        assert fields(out, event, names) == fields(detected[0], event, names)
+        assert fields(again, event, names) == fields(out, event, names)
 
 
 def kill_and_continue(times, seconds, script, *flags):
