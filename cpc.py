@@ -200,12 +200,11 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
         mine.copy_(new)
 
 
-def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer,
-          bf16: bool) -> None:
+def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer) -> None:
     """The run: from its checkpoint, or the start, to `encoder.pt`."""
     steps_per_epoch, chance = len(dataset) // args.batch_size, chance_loss(args)
     stop = args.epochs * steps_per_epoch
-    run = data.Run(args, images=data.summary_of(dataset), bf16=bf16)
+    run = data.Run(args, images=data.summary_of(dataset))
     parts = {"model": model, "optimizer": optimizer}
     if args.average:  # ours: of the encoder alone, since nothing else is kept
         parts["average"] = copy.deepcopy(model.encoder)
@@ -230,7 +229,7 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer,
             save_patches(patches, run.folder / "patches.png")
         lr = learning_rate(step, stop, args.lr, args.warmup)
         optimizer.param_groups[0]["lr"] = lr
-        loss, accuracy, norm = update(ddp, optimizer, patches, args.clip, bf16)
+        loss, accuracy, norm = update(ddp, optimizer, patches, args.clip, args.bf16)
         if args.average:
             update_average(parts["average"], model.encoder, args.average, step)
         run.tally(loss=loss, accuracy=accuracy, gradient_norm=norm)
@@ -300,8 +299,7 @@ def save_retrieval(model: CPC, dataset, args: Namespace, device: torch.device, p
 # ---- Benchmark -----------------------------------------------------------------------------------
 
 
-def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimizer,
-              bf16: bool) -> None:
+def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimizer) -> None:
     """`--benchmark N`: the data path alone, then N whole steps on one prepared batch. Prints on
     rank 0; nothing is written."""
     N, local = args.benchmark, args.batch_size // dist.get_world_size()
@@ -323,7 +321,7 @@ def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimi
     times = []
     for n in range(N + 2):
         begin = time.perf_counter()
-        update(ddp, optimizer, make_patches(images, args, device, n), args.clip, bf16)
+        update(ddp, optimizer, make_patches(images, args, device, n), args.clip, args.bf16)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
@@ -415,9 +413,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def main(args: Namespace) -> None:
     """Everything in order: process group, data, model, what it will cost, and the run."""
-    device = data.start_process()
-    data.check_batch(args.batch_size)
-    bf16 = data.has_bf16(device) if args.bf16 is None else args.bf16
+    device = data.start_process(args)
     dataset = data.load_dataset(args.data, "pretrain", args.crop)
     steps_per_epoch = len(dataset) // args.batch_size  # a last partial batch is dropped
     if not steps_per_epoch:
@@ -436,7 +432,7 @@ def main(args: Namespace) -> None:
 
     if dist.get_rank() == 0:
         millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (encoder, model)]
-        precision = "bfloat16" if bf16 else "float32"
+        precision = "bfloat16" if args.bf16 else "float32"
         print(f"{args.arch}, {args.norm} norm: {millions[0]:.1f} M parameters; with context "
               f"networks and predictors {millions[1]:.1f} M")
         print(f"{len(dataset)} images, patches of {args.patch} pixels; {args.batch_size} images a "
@@ -444,7 +440,7 @@ def main(args: Namespace) -> None:
         print(f"{args.epochs} epochs of {steps_per_epoch} steps; loss at chance "
               f"{chance_loss(args):.3f}")
     job = benchmark if args.benchmark else train
-    job(args, device, dataset, model, optimizer, bf16)
+    job(args, device, dataset, model, optimizer)
 
 
 if __name__ == "__main__":

@@ -533,8 +533,9 @@ def load_batches(dataset: Dataset, transform: v2.Transform, batches: Iterator, d
 # ---- Processes -----------------------------------------------------------------------------------
 
 
-def start_process() -> torch.device:
-    """Join torchrun's process group, or make a world of one; this rank's device."""
+def start_process(args: argparse.Namespace) -> torch.device:
+    """Join torchrun's process group, or make a world of one; this rank's device. Decides on
+    args.bf16 where it is None, and exits with one line if the batch does not divide."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -561,6 +562,11 @@ def start_process() -> torch.device:
             store = dist.PrefixStore(f"start {restarts}", store)
         gpu = device if device.type == "cuda" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=gpu)
+    if args.batch_size % dist.get_world_size():
+        raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of the "
+                         f"{dist.get_world_size()} processes")
+    if args.bf16 is None:
+        args.bf16 = has_bf16(device)
     return device
 
 
@@ -602,13 +608,6 @@ def from_first(make: Callable):
     return box[0]
 
 
-def check_batch(batch_size: int) -> None:
-    """Exit with one line if the global batch does not divide by the number of processes."""
-    world = dist.get_world_size()
-    if batch_size % world:
-        raise SystemExit(f"--batch-size {batch_size} is not a multiple of the {world} processes")
-
-
 # ---- A run: its folder, log, checkpoint and signals ----------------------------------------------
 
 
@@ -625,8 +624,8 @@ class Run:
     """
 
     # Flags that say where and how a run goes, not what it computes.
-    MAY_DIFFER = {"data", "out", "encoder", "workers", "bf16", "checkpointing", "compile",
-                  "benchmark", "save_every"}
+    MAY_DIFFER = {"data", "out", "encoder", "workers", "checkpointing", "compile", "benchmark",
+                  "save_every"}
 
     def __init__(self, args: argparse.Namespace, **facts):
         """facts: what else must be the same for a run to be continued (its images, its encoder).

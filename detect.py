@@ -374,12 +374,12 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
 
 
 def run_phases(args: Namespace, row: str, source: Source, sets: tuple[Subset, Subset, Dataset],
-               sizes: dict, bf16: bool, device: torch.device, run: data.Run) -> None:
+               sizes: dict, device: torch.device, run: data.Run) -> None:
     """A row of the table: the phases of Sec. 4.3, one from the other's solution, each tested."""
     train_set, held_out, test_set = sets
     network = source.make(args.seed)
     torch.manual_seed(data.derive_seed(args.seed, "detector"))
-    model = build_detector(network, len(test_set.classes), **sizes, bf16=bf16)
+    model = build_detector(network, len(test_set.classes), **sizes, bf16=args.bf16)
     model = model.to(device, memory_format=torch.channels_last)
     before = None
     for phase in args.phase:
@@ -541,18 +541,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def main(args: Namespace) -> None:
     """Every encoder and phase: a result line each, and a table."""
     sources = vars(args).pop("sources")
-    device = data.start_process()
+    device = data.start_process(args)
     if args.detect:
         return detect_one(args)
-    data.check_batch(args.batch_size)
     torch.backends.cudnn.benchmark = False  # images and batches differ in size
-    bf16 = data.has_bf16(device) if args.bf16 is None else args.bf16
     whole, test_set = (load_objects(args.data, split, args.side) for split in ("train", "test"))
     chosen, held = data.label_subset([0] * len(whole), 1.0, args.seed, args.held_out)
     train_set, held_out = Subset(whole, chosen), Subset(whole, held)
     if len(train_set) < dist.get_world_size():
         raise SystemExit(f"{args.data} has {len(train_set)} training images, fewer than processes")
-    run = data.Run(args, images=[len(whole), whole.names[0], whole.names[-1]], bf16=bf16,
+    run = data.Run(args, images=[len(whole), whole.names[0], whole.names[-1]],
                    processes=dist.get_world_size(), encoders=data.fingerprints(args.encoder))
     if run.is_main:
         print(f"{len(train_set)} training, {len(held_out)} held-out and {len(test_set)} test "
@@ -562,7 +560,7 @@ def main(args: Namespace) -> None:
     names = [source.name for source in sources]
     for n, source in enumerate(sources):
         row = source.name if names.count(source.name) == 1 else f"{source.name}-{n}"
-        run_phases(args, row, source, (train_set, held_out, test_set), sizes, bf16, device, run)
+        run_phases(args, row, source, (train_set, held_out, test_set), sizes, device, run)
     if run.is_main:
         print_table(run.state["done"], test_set.classes)
 

@@ -165,7 +165,6 @@ class Cell:
     held_out: Subset  # of the training images, to stop and select by
     test: Dataset
     device: torch.device
-    bf16: bool
     cache: dict = field(default_factory=dict)  # frozen latents of held-out and test images
 
     def inputs(self, images: Tensor, seed: int | None = None, **augmented) -> Tensor:
@@ -186,7 +185,7 @@ class Cell:
             yield self.inputs(images, seed, **augmented), labels.to(self.device)
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def latents(self, model: Classifier, images: Dataset, name: str) -> Iterator:
         """(latents, labels) of this process's share of some images, not augmented. A frozen encoder
@@ -487,8 +486,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "labels (default: 1)")
     add("--subset", metavar="FILE", help="the labelled images by name, instead of --labels")
     add("--supervised", nargs="*", metavar="ARCH", help="also from pixels (A.4): resnet50, "
-        "resnet101, resnet152 (default), ..., with :STEM for another stem; from scratch as CPC's "
-        "encoder (Sec. 4.1): patched, with batch norm, or patched-none")
+        "resnet101, resnet152 (default, but beside a small encoder), ..., with :STEM for another "
+        "stem; from scratch as CPC's encoder (Sec. 4.1): patched, with batch norm, or patched-none")
     add("--held-out", type=number(0, 0.5), default=0.02, help="share of the training images, or of "
         "those that --subset leaves, to stop and select by; 0 for a fixed schedule")
     add("--sweep", type=number(0, 1e6, int), default=0, metavar="N", help="recipes tried for each "
@@ -537,8 +536,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if tiny:
         crop = file["crop"] if file else 32
         parser.set_defaults(data="shapes", crop=crop, **TINY[kind])
-    if early.supervised == []:
-        supervised = ["tiny" if tiny else "resnet152"]  # ours: a tiny ResNet v2 stands in
+    if early.supervised == []:  # ours: beside a small encoder, its own architecture stands in
+        supervised = ["resnet152"]
+        if tiny:
+            supervised = ["tiny"]
+        elif file and file["arch"] in SMALL_ENCODERS:
+            supervised = [f"{file['arch']}:{file['stem']}"]
     args = parser.parse_args(argv)
     args.head, args.encoder, args.sources, args.tiny = head, names, sources, tiny
     args.supervised, args.labels = supervised, sorted(set(args.labels or [1.0]))
@@ -589,9 +592,7 @@ def write_lists(folder: Path, train_set: Dataset, seed: int, columns: list[tuple
 
 def main(args: Namespace) -> None:
     """Every seed, row and share of the labels; a result line each, and a table."""
-    device = data.start_process()
-    data.check_batch(args.batch_size)
-    bf16 = data.has_bf16(device) if args.bf16 is None else args.bf16
+    device = data.start_process(args)
     train_set, test_set = (data.load_dataset(args.data, split, args.crop)
                            for split in ("train", "test"))
     classes = len(train_set.classes)
@@ -605,7 +606,7 @@ def main(args: Namespace) -> None:
                          f"classes is none: raise it, or pass 0 for a fixed schedule")
     rows = find_rows(args, vars(args).pop("sources"))
     files = data.fingerprints([*args.encoder, *([args.subset] if args.subset else [])])
-    run = data.Run(args, images=data.summary_of(train_set), bf16=bf16, files=files,
+    run = data.Run(args, images=data.summary_of(train_set), files=files,
                    processes=dist.get_world_size())
     if run.is_main:
         for seed in seeds:
@@ -617,7 +618,7 @@ def main(args: Namespace) -> None:
             cache = {}
             for share, chosen, held in columns[seed]:
                 cell = Cell(args, row, share, seed, classes, Subset(train_set, chosen),
-                            Subset(train_set, held), test_set, device, bf16, cache)
+                            Subset(train_set, held), test_set, device, cache)
                 recipe = {name: getattr(args, name) for name in names}
                 if row.supervised:
                     longer = max(SUPERVISED_LONGER, 1 + args.finetune_epochs / args.epochs)

@@ -54,7 +54,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="session", autouse=True)
 def session(request):
     """A world of one process and one thread. Whole commands begin at once, if a test wants one."""
-    data.start_process()
+    data.start_process(Namespace(batch_size=1, bf16=False))
     torch.set_num_threads(1)
     if any("commands" in item.fixturenames for item in request.session.items):
         request.getfixturevalue("commands")
@@ -677,7 +677,8 @@ def encoder_file(tmp_path, request):
 
 
 def parse_eval(*flags):
-    return evaluation.parse_args([*map(str, flags), "--workers", "0", "--batch-size", "8"])
+    return evaluation.parse_args([*map(str, flags), "--workers", "0", "--batch-size", "8",
+                                  "--no-bf16"])
 
 
 def make_cell(encoder, *flags, held_out=20, labels=0.1):
@@ -686,7 +687,7 @@ def make_cell(encoder, *flags, held_out=20, labels=0.1):
     (row,) = evaluation.find_rows(args, vars(args).pop("sources"))
     return evaluation.Cell(args, row, labels, 0, 10, Subset(shapes, range(24)),
                            Subset(shapes, range(100, 100 + held_out)), Subset(test, range(20)),
-                           CPU, bf16=False)
+                           CPU)
 
 
 def make_run(folder, **flags):
@@ -827,7 +828,7 @@ def test_supervised_rows(encoder_file):
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     norms, sides = ("batch", "batch", "batch", "none"), (8, 4, 5, 5)
     for row, norm, side in zip(rows, norms, sides, strict=True):
-        cell = evaluation.Cell(args, row, 1.0, 0, 10, None, None, None, CPU, False)
+        cell = evaluation.Cell(args, row, 1.0, 0, 10, None, None, None, CPU)
         network = row.make(0)
         assert row.supervised and network.norm == norm
         model = evaluation.Classifier(network, nn.Identity(), frozen=False)
@@ -1302,7 +1303,7 @@ def three_steps(norm):
 def check_processes(folder, voc, out):
     """Run by each process of torchrun: three steps of each norm into a file; and, as two, the
     scripts one after the other, process 1 being killed in pre-training, which torchrun restarts."""
-    data.start_process()
+    data.start_process(Namespace(batch_size=6, bf16=False))
     world, cpc.CHUNK = dist.get_world_size(), FEW_QUERIES
     first_time = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if first_time:
