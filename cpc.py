@@ -391,7 +391,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     # how it runs
     add("--checkpointing", action=BooleanOptionalAction, help="recompute activations in the "
         "backward pass (default: for 4096 channels on a GPU)")
-    add("--compile", action="store_true", help="torch.compile the encoder's blocks")
+    add("--compile", action="store_true", help="torch.compile the encoder's blocks: for GPUs, slower "
+        "on a CPU")
     add("--benchmark", type=count, metavar="N", help="time N steps, train nothing")
 
     early, _ = parser.parse_known_args(argv)
