@@ -87,7 +87,7 @@ def info_nce(predictions: Tensor, targets: Tensor, k: int, first: int = 0) -> tu
     candidates = targets.permute(0, 2, 3, 1).reshape(-1, K).float()  # [N*G*G, K]
     # rows 0 .. G-k-1 have a target k rows below; G-k is A.2's col_dim_i, with k = i + 1
     queries = predictions[:, :, :-k].permute(0, 2, 3, 1).reshape(-1, K).float()  # [B*(G-k)*G, K]
-    # A.2 computes these integers, but misses a modulo: its own hold for a batch's first image only
+    # A.2's `col` needs % (col_dim_i * row_dim): without, it holds for a batch's first image only
     numbers = torch.arange(len(candidates), device=targets.device).view(-1, G, G)
     labels = numbers[first:first + B, k:].flatten()  # of z[i + k, j], for c[i, j]
     loss = hits = 0
@@ -211,7 +211,8 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     start = run.resume("cpc", **parts)
     products = [run.folder / name for name in ("encoder.pt", "retrieval.png")]
     if start == stop and all(path.exists() for path in products):
-        print(f"{run.folder} holds this run, finished")
+        if run.is_main:
+            print(f"{run.folder} holds this run, finished")
         return
 
     if args.compile:
@@ -391,8 +392,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     # how it runs
     add("--checkpointing", action=BooleanOptionalAction, help="recompute activations in the "
         "backward pass (default: for 4096 channels on a GPU)")
-    add("--compile", action="store_true", help="torch.compile the encoder's blocks: for GPUs, slower "
-        "on a CPU")
+    add("--compile", action="store_true", help="torch.compile the encoder's blocks: for GPUs, it "
+        "is slower on a CPU")
     add("--benchmark", type=count, metavar="N", help="time N steps, train nothing")
 
     early, _ = parser.parse_known_args(argv)

@@ -307,7 +307,8 @@ class Unlabelled(datasets.ImageFolder):
     folders in them are called: enough for Sec. 2.1, where no label is used."""
 
     def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
-        there = [name for name in ("train", "unlabelled") if (Path(directory) / name).is_dir()]
+        places = [Path(directory) / name for name in ("train", "unlabelled", "unlabeled")]
+        there = [place.name for place in places if place.is_dir() and any(place.iterdir())]
         return there or ["."], dict.fromkeys(there or ["."], 0)
 
 
@@ -347,6 +348,8 @@ def list_folder(root: Path, split: str) -> Dataset:
         if folders:
             return datasets.ImageFolder(folders[0], loader=read_image)
     except FileNotFoundError as error:  # torchvision names the folders
+        if split == "pretrain":
+            raise SystemExit(f"no images under {root}: pass --data DIR")
         raise SystemExit(f"--data {root} lacks images, or a folder for each class: {error}")
     raise SystemExit(f"no {'/ or '.join(names)}/ under {root}: pass --data DIR with class folders "
                      f"in it")
@@ -369,7 +372,7 @@ def names_of(dataset: Dataset) -> list[str]:
     """What a list of images calls them: CLASS/NAME, or numbers where there are no files."""
     if not isinstance(dataset, datasets.ImageFolder):
         return [f"{i:05d}" for i in range(len(dataset))]
-    return ["/".join(path.split(os.sep)[-2:]) for path, _ in dataset.samples]
+    return [path.removeprefix(f"{dataset.root}{os.sep}") for path, _ in dataset.samples]
 
 
 def summary_of(dataset: Dataset) -> list:
@@ -441,14 +444,15 @@ class Seeded(Dataset):
     or in what order, changes nothing. key: (index, seed).
 
     skip: in training, an image that cannot be read is named on stderr, and the next one takes its
-    place, until a process has met more than one in a hundred; without, it is an error."""
+    place, until a process has met more than three, and more than one in a hundred; without, it is
+    an error."""
 
     def __init__(self, dataset: Dataset, transform: v2.Transform, skip: bool = False):
         self.dataset, self.transform, self.skip, self.named = dataset, transform, skip, set()
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple]:
         indices, seeds = zip(*keys)
-        if isinstance(self.dataset, Shapes):
+        if isinstance(getattr(self.dataset, "dataset", self.dataset), Shapes):  # of a Subset, too
             items = self.dataset.__getitems__(indices)
         else:
             items = [self._read(index) for index in indices]
@@ -459,7 +463,8 @@ class Seeded(Dataset):
         try:
             return self.dataset[index]
         except Unreadable as error:
-            if not self.skip or len(self.named) > 0.01 * len(self.dataset):
+            many = len(self.named | {index}) > max(3, 0.01 * len(self.dataset))
+            if not self.skip or many:
                 raise
             if index not in self.named:
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
@@ -659,7 +664,7 @@ class Run:
             signal.signal(number, self._on_signal)
         versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                         torchvision=torchvision.__version__, commit=git_commit())
-        self.log("start", **self.identity, **versions, world_size=dist.get_world_size(),
+        self.log("start", **vars(args), **facts, **versions, world_size=dist.get_world_size(),
                  time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
     def _open(self) -> bool:

@@ -461,7 +461,8 @@ def print_table(results: dict[str, dict], classes: list[str]) -> None:
     def print_row(name: str, cells: list) -> None:
         print(f"{name:20}" + "".join(f"{cell:>{width}}" for cell in cells))
 
-    print_row("\nAP %", list(results))
+    print()
+    print_row("AP %", list(results))
     for name in classes:
         values = [result["ap"].get(name) for result in results.values()]
         print_row(name, ["-" if v is None else f"{v:.1f}" for v in values])
@@ -489,7 +490,8 @@ def detect_one(args: Namespace) -> None:
         (found,) = model(prepare([image], torch.device("cpu")))
     path = Path(args.out) / f"detected-{Path(args.detect).stem}.png"
     save_image(draw(image, found, saved["classes"]) / 255, path)
-    print(f"wrote {path}: {int((found['scores'] >= 0.5).sum())} objects that score 0.5 or more")
+    print(f"wrote {path}, by {models[0]}: {int((found['scores'] >= 0.5).sum())} objects that score "
+          f"0.5 or more")
 
 
 # ---- Command line --------------------------------------------------------------------------------

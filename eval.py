@@ -8,7 +8,9 @@
 
 Linear: the encoder frozen, batch norm and one linear layer. Efficient (`--labels`): an 11-block
 ResNet on the frozen latents, then both fine-tuned from that solution. Supervised: the same labels
-and held-out images, from pixels. A `result` line in log.jsonl for each, then a table.
+and held-out images, from pixels. A `result` line in log.jsonl for each, then a table. The defaults
+below are the paper's scale; a linear probe, a small encoder and --tiny have others (PROBE, SMALL,
+TINY in the code).
 
 Results: assets/results.md; at the paper's scale not yet measured.
 
@@ -404,8 +406,8 @@ def save_trunk(cell: Cell, encoder: Encoder, folder: Path) -> None:
     `--encoder`: Table 3's supervised trunk, here of the same labels."""
     row = cell.row
     geometry = {name: row.file[name] for name in ("crop", "patch", "stride", "mean", "std")}
-    how = dict(supervised=row.name, labels=cell.labels, image_aug="inception", jitter=False,
-               flip=0.0)
+    how = dict(supervised=row.name, labels=cell.labels, image_aug="inception", color_drop=0.0,
+               jitter=False, flip=0.0)
     trained = {k: v for k, v in vars(cell.args).items() if k not in ("out", "workers", "encoder")}
     path = folder / f"{row.name}-{cell.labels:g}-seed-{cell.seed}.pt"
     save_encoder(path, encoder, geometry, trained | how)
@@ -478,15 +480,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add, share = parser.add_argument, number(0, 1)
     add("--data", default="imagenet", help=data.DATA + "; with an encoder, its own")
     add("--tiny", action="store_true", help="the CPU scale, on shapes; with an encoder of it, too")
-    add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help="what cpc.py "
-        "wrote; random: the same network untrained; torchvision:resnet50[:WEIGHTS]")
+    add("--encoder", nargs="+", metavar="NAME", help="what cpc.py wrote (default: "
+        "runs/cpc/encoder.pt); random: the network before it, untrained; "
+        "torchvision:resnet50[:WEIGHTS], without WEIGHTS untrained")
     add("--head", choices=("linear", "resnet", "none"), help="on the latents; none: the supervised "
-        "rows alone (default: linear, with --labels resnet)")
+        "rows alone (default: linear; resnet with --labels or --subset; none with --supervised)")
     add("--labels", type=number(1e-9, 1), nargs="+", metavar="F", help="shares of the training "
         "labels (default: 1)")
     add("--subset", metavar="FILE", help="the labelled images by name, instead of --labels")
     add("--supervised", nargs="*", metavar="ARCH", help="also from pixels (A.4): resnet50, "
-        "resnet101, resnet152 (default, but beside a small encoder), ..., with :STEM for another "
+        "resnet101, resnet152 (default; a small encoder's own), ..., with :STEM for another "
         "stem; from scratch as CPC's encoder (Sec. 4.1): patched, with batch norm, or patched-none")
     add("--held-out", type=number(0, 0.5), default=0.02, help="share of the training images, or of "
         "those that --subset leaves, to stop and select by; 0 for a fixed schedule")
@@ -519,8 +522,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         head = "resnet"
     elif head is None:
         head = "linear" if early.supervised is None else "none"
-    if head == "none" and not any("patched" in name for name in supervised):
-        names = []  # pixels alone: whether an encoder was trained here changes nothing
+    if names is None:
+        needed = head != "none" or any("patched" in name for name in supervised)
+        names = ["runs/cpc/encoder.pt"] if needed else []
     sources = find_encoders(names)
     kind = "linear" if head == "linear" else "resnet"
     if head == "linear":
@@ -534,18 +538,19 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             parser.set_defaults(**SMALL[kind])
         tiny = tiny or trained["data"] == "shapes"
     if tiny:
-        crop = file["crop"] if file else 32
-        parser.set_defaults(data="shapes", crop=crop, **TINY[kind])
+        if not file:
+            parser.set_defaults(crop=32, min_area=0.6)  # cpc.py's
+        parser.set_defaults(data="shapes", **TINY[kind])
     if early.supervised == []:  # ours: beside a small encoder, its own architecture stands in
-        supervised = ["resnet152"]
-        if tiny:
-            supervised = ["tiny"]
-        elif file and file["arch"] in SMALL_ENCODERS:
-            supervised = [f"{file['arch']}:{file['stem']}"]
+        supervised = ["tiny" if tiny else "resnet152"]
+        if file and file["arch"] in SMALL_ENCODERS:
+            own = ARCHITECTURES[file["arch"]][3]
+            supervised = [file["arch"] + (f":{file['stem']}" if file["stem"] != own else "")]
     args = parser.parse_args(argv)
     args.head, args.encoder, args.sources, args.tiny = head, names, sources, tiny
-    args.supervised, args.labels = supervised, sorted(set(args.labels or [1.0]))
+    args.supervised = supervised
     check_args(parser, args, file)
+    args.labels = sorted(set(args.labels or [1.0]))
     return args
 
 
@@ -564,7 +569,7 @@ def check_args(parser: ArgumentParser, args: Namespace, file: dict | None) -> No
                      "with --head none")
     if args.head == "none" and not args.supervised:
         parser.error("--head none leaves nothing to train: pass --supervised")
-    if args.subset and args.labels != [1.0]:
+    if args.subset and args.labels:
         parser.error("--subset and --labels both say which labels are used: pass one")
     if args.sweep and not args.held_out:
         parser.error("--sweep needs held-out images to select by: pass --held-out")
@@ -621,7 +626,9 @@ def main(args: Namespace) -> None:
                             Subset(train_set, held), test_set, device, cache)
                 recipe = {name: getattr(args, name) for name in names}
                 if row.supervised:
-                    longer = max(SUPERVISED_LONGER, 1 + args.finetune_epochs / args.epochs)
+                    longer = SUPERVISED_LONGER
+                    if args.head != "none":
+                        longer = max(longer, 1 + args.finetune_epochs / args.epochs)
                     recipe["epochs"] *= longer
                     recipe["min_steps"] *= longer
                 if args.sweep:  # on the first seed's labels, for all seeds
