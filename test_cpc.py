@@ -811,6 +811,13 @@ def test_two_encoders_are_two_rows_and_a_baseline_depends_on_none(encoder_file, 
     args = parse_eval("--encoder", encoder_file, other, "random")
     rows = evaluation.find_rows(args, args.sources)
     assert len({(row.name, row.arch) for row in rows}) == 3
+    third = parse_eval("--encoder", "torchvision:resnet18", other, "random").sources[2]
+    assert (third.name, third.arch) == ("random", "tiny")  # of the file before it
+    with pytest.raises(SystemExit, match="name one before it"):
+        parse_eval("--encoder", "torchvision:resnet18", "random")
+    named = parse_eval("--encoder", other, "--supervised")  # its own architecture, data, scale
+    assert (named.head, named.encoder, named.supervised) == ("none", [str(other)], ["tiny"])
+    assert named.data == "shapes" and named.min_steps == 60
     monkeypatch.chdir(tmp_path)
     flags = ["--head", "none", "--supervised", "resnet50"]
     alone = vars(parse_eval(*flags))
