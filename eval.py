@@ -456,7 +456,7 @@ def print_tables(results: list[dict], classes: int, test_images: int) -> None:
 # A linear probe's. paper: A.3, Adam 5e-4 and 512 images; ours: the epochs, which are not stated
 PROBE = dict(epochs=30, min_steps=0, lr=5e-4, weight_decay=0.0, held_out=0.0, distort=False)
 # ours: with an encoder of a million parameters or less, a few hundred steps
-SMALL_ENCODERS = ("tiny", "small", "shallow")
+SMALL_ENCODERS = ("tiny", "small", "shallow", "medium")
 SMALL = {
     "linear": dict(epochs=10, batch_size=64, lr=5e-3),
     "resnet": dict(epochs=5, min_steps=450, batch_size=32, held_out=0.05, finetune_epochs=5,

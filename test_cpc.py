@@ -28,6 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are of a CPU, also where GPUs are
+
 import pytest
 import torch
 import torch.distributed as dist
