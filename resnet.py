@@ -166,7 +166,7 @@ class Encoder(nn.Module):
         x = images.contiguous(memory_format=torch.channels_last)
         x = self.pool(self.conv1(x))
         recompute = self.checkpointing
-        if recompute is None:  # ours: by counting, 64 images of ResNet-161 keep 59 GiB without
+        if recompute is None:  # ours: 128 images of ResNet-161 take 56 GiB with, 127 without
             recompute = x.is_cuda and self.out_channels == 4096
         for block in self.blocks:
             if recompute and torch.is_grad_enabled():
@@ -234,7 +234,8 @@ def save_encoder(path: str | Path, encoder: Encoder, geometry: dict, trained: di
     in pixels, mean and std of the inputs; trained: how the weights came to be (data, arguments,
     steps), plain values only. Exits with one line if it cannot."""
     network = dict(arch=encoder.arch, norm=encoder.norm, stem=encoder.stem)
-    weights = dict(trained=trained, state=encoder.state_dict())
+    state = {name: value.cpu() for name, value in encoder.state_dict().items()}
+    weights = dict(trained=trained, state=state)
     save_file({"kind": "encoder", **network, **geometry, **weights}, Path(path))
 
 
