@@ -561,7 +561,7 @@ def test_one_batch_can_be_learned():
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     images = torch.stack([x for x, _ in data.Shapes("train").__getitems__(list(range(4)))])
     patches = data.to_patches(images, CPU, 8, 6)
-    for _ in range(80):
+    for _ in range(40):
         loss, accuracy, _ = cpc.update(model, optimizer, patches, 1.0, bf16=False)
     assert loss < 0.25 * math.log(100) and accuracy > 0.8
 
@@ -1077,7 +1077,7 @@ def make_detector(encoder, *flags):
 
 def test_one_image_is_learned_and_the_frozen_trunk_is_not_touched(encoder_file, voc, tmp_path):
     """Sec. 4.3's two phases, on one image: mAP 100; the first leaves the trunk bit-identical."""
-    args, network, model = make_detector(encoder_file, "--epochs", "30", "--finetune-epochs", "120",
+    args, network, model = make_detector(encoder_file, "--epochs", "20", "--finetune-epochs", "100",
                                          "--color-drop", "0", "--finetune-lr", "1e-3")
     one = Subset(detect.load_objects(str(voc), "train", 64), [0])
     nothing, run = Subset(one.dataset, []), make_run(tmp_path / "run")
@@ -1442,16 +1442,17 @@ def events(folder, event):
 
 @pytest.fixture(scope="session")
 def commands(folder, voc, tmp_path_factory):
-    """Whole commands, run one after the other beside the tests. A function of a command's name:
-    its folder and what it printed, when it is done."""
+    """Whole commands, run two at a time beside the tests. A function of a command's name: its
+    folder and what it printed, when it is done."""
     out = tmp_path_factory.mktemp("commands")
     encoder = ["--encoder", out / "cpc" / "encoder.pt"]
     few = [*encoder, *FEW_LABELS, "--out"]
     detection = [*encoder, "random", "--data", voc, *DETECT, "--out"]
     processes = out / "processes"
     processes.mkdir()
+    pool = ThreadPoolExecutor(2)
+    pretraining = pool.submit(run, "cpc.py", *TINY, "--data", folder, "--out", out / "cpc")
     calls = {
-        "cpc": partial(run, "cpc.py", *TINY, "--data", folder, "--out", out / "cpc"),
         "two processes": partial(run, "test_cpc.py", folder, voc, processes, processes=2),
         "three processes": partial(run, "test_cpc.py", folder, voc, processes, processes=3),
         "few labels": partial(run, "eval.py", *few, out / "few labels"),
@@ -1463,8 +1464,13 @@ def commands(folder, voc, tmp_path_factory):
             stop_and_continue, logged(out / "detection again", "random/"), "detect.py", *detection,
             out / "detection again", number=signal.SIGINT),
     }
-    pool = ThreadPoolExecutor(1)
-    started = {name: pool.submit(call) for name, call in calls.items()}
+
+    def with_encoder(call):
+        pretraining.result()
+        return call()
+
+    started = {name: pool.submit(with_encoder, call) for name, call in calls.items()}
+    started["cpc"] = pretraining
 
     def finished(name):
         done = started[name].result()
