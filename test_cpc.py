@@ -1781,7 +1781,8 @@ def documented_commands():
     texts = [(HERE / name).read_text() for name in names] + [done.stdout for done in printed]
     launcher = r"(?:\S*python\S*|\S*torchrun\S* [^#]*?|\$launch)"
     pattern = re.compile(rf'\s*{launcher} "?(cpc|eval|detect)\.py\b([^#]*)')
-    matches = [pattern.match(line) for text in texts for line in text.splitlines()]
+    lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    matches = [pattern.match(line) for line in lines]
     return [(m[1], shlex.split(m[2])) for m in matches if m]
 
 
