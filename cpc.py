@@ -41,7 +41,7 @@ from resnet import ARCHITECTURES, NORMS, STEMS, Conv1x1, Encoder, save_encoder
 class PixelCNN(nn.Module):
     """The context network g_phi (A.2 `pixelCNN`): [B, D, G, G] -> [B, D, G, G], where c[i, j] sees
     z[u, v] for rows u <= i only (Sec. 2.1; its own row included), one row and one column further
-    with each of the five blocks. The mask is in the padding: there is none below."""
+    with each of the five blocks. The mask is the padding: it adds rows above, never below."""
 
     def __init__(self, channels: int, hidden: int = 256):
         super().__init__()
@@ -87,7 +87,8 @@ def info_nce(predictions: Tensor, targets: Tensor, k: int, first: int = 0) -> tu
     candidates = targets.permute(0, 2, 3, 1).reshape(-1, K).float()  # [N*G*G, K]
     # rows 0 .. G-k-1 have a target k rows below; G-k is A.2's col_dim_i, with k = i + 1
     queries = predictions[:, :, :-k].permute(0, 2, 3, 1).reshape(-1, K).float()  # [B*(G-k)*G, K]
-    # A.2's `col` needs % (col_dim_i * row_dim): without, it holds for a batch's first image only
+    # A.2's `col` lacks % (col_dim_i * row_dim): as printed, only a batch's first image has right
+    # labels
     numbers = torch.arange(len(candidates), device=targets.device).view(-1, G, G)
     labels = numbers[first:first + B, k:].flatten()  # of z[i + k, j], for c[i, j]
     loss = hits = 0
@@ -129,7 +130,7 @@ class CPC(nn.Module):
     """
 
     # Sec. 2.1 predicts downwards ("patches below ... from those above"), Sec. 4.1 says that CPC v1
-    # used "context from ... beneath": we follow Sec. 2.1. Quarter turns that make a direction down.
+    # used "context from ... beneath": we follow Sec. 2.1. The quarter turns that point it down.
     TURNS = {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}
 
     def __init__(self, encoder: Encoder, directions: int = 4, lengths: tuple[int, ...] = (2, 3),
@@ -154,7 +155,7 @@ class CPC(nn.Module):
         for turn, direction in zip(self.turns, self.directions):
             turned = latents.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last)
             targets, predictions = direction(turned)
-            # A few MB from each process make the whole batch's negatives everybody's.
+            # a few MB from each process: all share the whole batch's negatives
             targets = data.GatherBatch.apply(targets.float().contiguous())  # [N, K, G, G]
             for k, prediction in predictions.items():
                 loss, accuracy = info_nce(prediction, targets, k, first)
@@ -164,11 +165,6 @@ class CPC(nn.Module):
 
 
 # ---- Training ------------------------------------------------------------------------------------
-
-
-def chance_loss(args: Namespace) -> float:
-    """The loss of guessing: log of the number of candidates, all patches of the batch."""
-    return math.log(args.batch_size * data.grid_side(args.crop, args.patch, args.stride) ** 2)
 
 
 def make_patches(images: Tensor, args: Namespace, device: torch.device, step: int) -> Tensor:
@@ -203,15 +199,16 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 
 def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer) -> None:
     """The run: from its checkpoint, or the start, to `encoder.pt`."""
-    steps_per_epoch, chance = len(dataset) // args.batch_size, chance_loss(args)
+    steps_per_epoch = len(dataset) // args.batch_size  # a last partial batch is dropped
     stop = args.epochs * steps_per_epoch
+    G = data.grid_side(args.crop, args.patch, args.stride)
+    chance = math.log(args.batch_size * G**2)  # the loss of guessing among all patches of a batch
     run = data.Run(args, images=data.summary_of(dataset))
     parts = {"model": model, "optimizer": optimizer}
-    if args.average:  # ours: of the encoder alone, since nothing else is kept
+    if args.average:  # ours: of the encoder alone: the rest is discarded after training
         parts["average"] = copy.deepcopy(model.encoder)
     start = run.resume("cpc", **parts)
-    products = [run.folder / name for name in ("encoder.pt", "retrieval.png")]
-    if start == stop and all(path.exists() for path in products):
+    if start == stop and (run.folder / "retrieval.png").exists():  # what is written last
         if run.is_main:
             print(f"{run.folder} holds this run, finished")
         return
@@ -238,11 +235,11 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
         run.note(epoch=(step + 1) // steps_per_epoch, chance_loss=chance, lr=lr)
 
     if run.is_main:
-        geometry = dict(crop=args.crop, patch=args.patch, stride=args.stride)
-        normalisation = dict(mean=data.MEAN, std=data.STD)
+        geometry = dict(crop=args.crop, patch=args.patch, stride=args.stride,
+                        mean=data.MEAN, std=data.STD)
         trained = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
         save_encoder(run.folder / "encoder.pt", parts.get("average", model.encoder),
-                     geometry | normalisation, trained | {"steps": stop})
+                     geometry, trained | {"steps": stop})
         save_retrieval(model, dataset, args, device, run.folder / "retrieval.png")
         print(f"wrote {run.folder}/encoder.pt, patches.png, retrieval.png, log.jsonl")
 
@@ -265,7 +262,7 @@ def save_patches(patches: Tensor, path, images: int = 6) -> None:
 
 
 @torch.no_grad()
-def rank_patches(model: CPC, images: Tensor, args: Namespace, rows: int) -> list[Tensor]:
+def rank_patches(model: CPC, images: Tensor, args: Namespace) -> list[Tensor]:
     """The tiles of `save_retrieval`, from uint8 images [B, 3, S, S]: seven [3, S, S] a row."""
     model.eval()
     patches = data.to_patches(images, images.device, args.patch, args.stride)
@@ -275,18 +272,16 @@ def rank_patches(model: CPC, images: Tensor, args: Namespace, rows: int) -> list
     gallery = data.extract_patches(images, args.patch, args.stride)  # [B, G, G, 3, P, P]
     G, S, k = gallery.shape[1], args.crop, min(args.lengths)
     tiles = []
-    for b in range(min(rows, len(images))):
+    for b, image in enumerate(images[:10].clone()):
         i, j = (G - 1 - k) // 2, b % G  # the middle of what can be predicted from; any column
         ranked = (candidates @ predictions[k][b, :, i, j]).topk(min(5, len(candidates))).indices
         shown = torch.cat((gallery[b, i + k, j][None], gallery.flatten(0, 2)[ranked]))
-        image = images[b].clone()
         image[:, i * args.stride + args.patch:] *= 0.25  # rows that the context has not seen
         tiles += [image, *F.interpolate(shown, (S, S), mode="nearest")]
     return tiles
 
 
-def save_retrieval(model: CPC, dataset, args: Namespace, device: torch.device, path,
-                   rows: int = 10) -> None:
+def save_retrieval(model: CPC, dataset, args: Namespace, device: torch.device, path) -> None:
     """What the predictions mean. A row each: an image, dark where the context network has not
     looked; the true patch k rows below its last row; the five patches that the prediction ranks
     highest among all patches of 32 training images (not augmented)."""
@@ -294,7 +289,7 @@ def save_retrieval(model: CPC, dataset, args: Namespace, device: torch.device, p
     transform = data.image_transform("test", args.crop, grey=args.image_aug == "v1")
     items = data.Seeded(dataset, transform, skip=True).__getitems__([(i, 0) for i in chosen])
     images = torch.stack([image for image, _ in items]).to(device)
-    tiles = torch.stack(rank_patches(model, images, args, rows)).cpu()
+    tiles = torch.stack(rank_patches(model, images, args)).cpu()
     save_enlarged(make_grid(tiles, nrow=7, padding=2, pad_value=1), path, 96 // args.crop)
 
 
@@ -327,7 +322,7 @@ def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimi
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    step = statistics.median(times[2:])  # the first two find their way
+    step = statistics.median(times[2:])  # the first two allocate memory and choose algorithms
     if dist.get_rank() == 0:
         rate = flop * local / step / 1e9
         print(f"step     {1e3 * step:9.1f} ms   {args.batch_size / step:.1f} images/s on all ranks")
@@ -418,13 +413,10 @@ def main(args: Namespace) -> None:
     """Everything in order: process group, data, model, what it will cost, and the run."""
     device = data.start_process(args)
     dataset = data.load_dataset(args.data, "pretrain", args.crop)
-    steps_per_epoch = len(dataset) // args.batch_size  # a last partial batch is dropped
-    if not steps_per_epoch:
-        raise SystemExit(f"{args.data} has {len(dataset)} images, fewer than --batch-size "
-                         f"{args.batch_size}")
-    stop = args.epochs * steps_per_epoch
-    if args.warmup >= stop and not args.benchmark:
-        raise SystemExit(f"--warmup {args.warmup} is all of the {stop} steps: lower it")
+    stop = args.epochs * (len(dataset) // args.batch_size)
+    if stop <= args.warmup and not args.benchmark:
+        raise SystemExit(f"{len(dataset)} images are {stop} steps of --batch-size "
+                         f"{args.batch_size}, no more than --warmup {args.warmup}: lower one")
 
     torch.manual_seed(args.seed)  # the same initial weights everywhere
     encoder = Encoder(args.arch, args.norm, args.stem, args.checkpointing)
@@ -440,8 +432,6 @@ def main(args: Namespace) -> None:
               f"networks and predictors {millions[1]:.1f} M")
         print(f"{len(dataset)} images, patches of {args.patch} pixels; {args.batch_size} images a "
               f"step on {dist.get_world_size()} x {device.type} in {precision}")
-        print(f"{args.epochs} epochs of {steps_per_epoch} steps; loss at chance "
-              f"{chance_loss(args):.3f}")
     job = benchmark if args.benchmark else train
     job(args, device, dataset, model, optimizer)
 

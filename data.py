@@ -24,7 +24,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -69,17 +68,9 @@ def normalise(images: Tensor) -> Tensor:
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
-def draw(generator: torch.Generator, device: torch.device, *size: int) -> Tensor:
-    """Uniform numbers, a row for each of this process's images. They are drawn for the whole batch,
-    which `train_batches` deals out in turn: an image's do not depend on the number of processes."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    rows = torch.rand(size[0] * world, *size[1:], generator=generator, device=device)
-    return rows[rank::world]
-
-
 def jittered(patch: int, numbers: Tensor) -> Tensor:
-    """Which row (or column) of a patch each of its rows is taken from, by uniform numbers [...]:
-    int64 [..., P].
+    """For each row (or column) of a patch the row that it is copied from: int64 [..., P]. numbers:
+    uniform in 0..1, [...].
 
     paper: Sec. 4.1, "spatially jitters individual patches"; v1: a random 60x60 subcrop of a 64x64
     patch, padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7), and the
@@ -94,8 +85,8 @@ def jittered(patch: int, numbers: Tensor) -> Tensor:
 def drop_colors(x: Tensor, dropped: Tensor, keep: Tensor, noise: Tensor) -> Tensor:
     """Drop two of the three colours of some patches (or of whole images), in place.
 
-    x: normalised, float32 [..., 3, P, P]; dropped: bool [...], whose; keep: int64 [...], the
-    channel that stays, in its place; noise: [3, P, P], of unit deviation.
+    x: normalised, float32 [..., 3, P, P]; dropped: bool [...], which patches; keep: int64 [...],
+    the channel that is left unchanged; noise: [3, P, P], of unit deviation.
 
     paper: Sec. 4.1, "randomly drops two of the three color channels in each patch". Doersch et al.
     2015: replaced by Gaussian noise of 1/100 of the remaining channel's deviation. The noise is
@@ -117,7 +108,14 @@ def augment_patches(images: Tensor, patch: int, stride: int, generator: torch.Ge
     Returns new patches [B, G, G, 3, P, P]."""
     B, _, S, _ = images.shape
     G = grid_side(S, patch, stride)
-    uniform = partial(draw, generator, images.device, B, G, G)
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def uniform() -> Tensor:
+        # for the whole batch, which `train_batches` deals out in turn: an image's numbers do not
+        # depend on the number of processes
+        numbers = torch.rand(B * world, G, G, generator=generator, device=images.device)
+        return numbers[rank::world]  # [B, G, G]
+
     rows = cols = torch.arange(patch, device=images.device).expand(B, G, G, patch)  # of the patch
     if jitter:
         rows, cols = (jittered(patch, uniform()) for _ in range(2))
@@ -168,8 +166,8 @@ def image_transform(kind: str, crop: int, min_area: float = 0.08, distort: bool 
         resized = v2.Resize(round(crop * 300 / 256))
         steps = [resized, v2.RandomCrop(crop), v2.RandomHorizontalFlip()]
     else:
-        # ours: ImageNet's usual 224 of 256, for every size: objects as large as the inception crop
-        # shows them on average. The whole image instead cost 10 points of top-1 on CIFAR-10.
+        # ours: the usual centre crop, 224 of 256, at every size: objects look about as large as in
+        # the average inception crop. The whole image instead cost 10 points on CIFAR-10.
         steps = [v2.Resize(round(crop / 0.875)), v2.CenterCrop(crop)]
     if distort:  # ours: the ranges of Inception's published preprocessing
         steps.append(v2.ColorJitter(brightness=32 / 255, contrast=0.5, saturation=0.5, hue=0.2))
@@ -329,7 +327,9 @@ def load_dataset(data: str, split: str, size: int) -> Dataset:
         return download(data, lambda fetch: datasets.CIFAR10(DOWNLOADS, train, download=fetch))
     if data == "stl10":
         stl_split = {"pretrain": "unlabeled"}.get(split, split)
-        return download(data, lambda fetch: datasets.STL10(DOWNLOADS, stl_split, download=fetch))
+        stl = download(data, lambda fetch: datasets.STL10(DOWNLOADS, stl_split, download=fetch))
+        stl.targets = stl.labels.tolist()  # as the others call them
+        return stl
     if data == "imagenette":
         download(data, lambda fetch: datasets.Imagenette(DOWNLOADS, download=fetch))
         data = DOWNLOADS / "imagenette2"
@@ -340,24 +340,20 @@ def list_folder(root: Path, split: str) -> Dataset:
     """`load_dataset` of the user's own images."""
     if not root.is_dir():
         raise SystemExit(f"no folder {root}: pass --data DIR, or --tiny for the embedded data set")
-    names = ("train",) if split == "train" else ("val", "test")
-    folders = [root / name for name in names if (root / name).is_dir()]
+    if split == "test":
+        split = "val" if (root / "val").is_dir() else "test"
     try:
         if split == "pretrain":
             return Unlabelled(root, loader=read_image)
-        if folders:
-            return datasets.ImageFolder(folders[0], loader=read_image)
-    except FileNotFoundError as error:  # torchvision names the folders
-        if split == "pretrain":
-            raise SystemExit(f"no images under {root}: pass --data DIR")
-        raise SystemExit(f"--data {root} lacks images, or a folder for each class: {error}")
-    raise SystemExit(f"no {'/ or '.join(names)}/ under {root}: pass --data DIR with class folders "
-                     f"in it")
+        return datasets.ImageFolder(root / split, loader=read_image)
+    except FileNotFoundError as error:  # torchvision names the folder
+        raise SystemExit(f"--data {root} lacks images, or a folder for each class in train/ and in "
+                         f"val/ (or test/): {error}")
 
 
 def download(name: str, make: Callable[[bool], Dataset]) -> Dataset:
-    """What `make` returns: with True, the first process of a node downloads it; the others, with
-    False, find it there."""
+    """The first process of each node calls make(True), which downloads; then every process returns
+    make(False), which reads."""
     try:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             make(True)
@@ -369,25 +365,19 @@ def download(name: str, make: Callable[[bool], Dataset]) -> Dataset:
 
 
 def names_of(dataset: Dataset) -> list[str]:
-    """What a list of images calls them: CLASS/NAME, or numbers where there are no files."""
+    """Every image's name in lists of labels: CLASS/NAME, or a number where there are no files."""
     if not isinstance(dataset, datasets.ImageFolder):
         return [f"{i:05d}" for i in range(len(dataset))]
     return [path.removeprefix(f"{dataset.root}{os.sep}") for path, _ in dataset.samples]
 
 
 def summary_of(dataset: Dataset) -> list:
-    """What must be the same for a run to go on with these images, wherever they lie."""
+    """What identifies images when a run is continued, wherever they lie: how many, first, last."""
     names = names_of(dataset)
     return [len(names), names[0], names[-1]]
 
 
 # ---- Labels --------------------------------------------------------------------------------------
-
-
-def targets_of(dataset: Dataset) -> list[int]:
-    """Every image's class, without reading an image; STL-10 says `labels`."""
-    targets = dataset.targets if hasattr(dataset, "targets") else dataset.labels
-    return [int(y) for y in targets]
 
 
 def label_subset(targets: list[int], fraction: float, seed: int,
@@ -448,7 +438,8 @@ class Seeded(Dataset):
     an error."""
 
     def __init__(self, dataset: Dataset, transform: v2.Transform, skip: bool = False):
-        self.dataset, self.transform, self.skip, self.named = dataset, transform, skip, set()
+        self.dataset, self.transform, self.skip = dataset, transform, skip
+        self.named = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # by any worker
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple]:
         indices, seeds = zip(*keys)
@@ -463,12 +454,12 @@ class Seeded(Dataset):
         try:
             return self.dataset[index]
         except Unreadable as error:
-            many = len(self.named | {index}) > max(3, 0.01 * len(self.dataset))
-            if not self.skip or many:
+            new = not self.named[index]
+            self.named[index] = True
+            if not self.skip or self.named.sum() > max(3, 0.01 * len(self.dataset)):
                 raise
-            if index not in self.named:
+            if new:
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
-            self.named.add(index)
             return self._read((index + 1) % len(self.dataset))
 
     def _augment(self, item: tuple, seed: int) -> tuple:
@@ -499,14 +490,15 @@ def test_batches(length: int, batch: int) -> Iterator:
 
 
 def ignore_signals(worker: int) -> None:
-    """A signal to all processes of a job is for the main ones, which save and end their workers."""
+    """Ctrl-C and SIGTERM often reach all processes of a job: workers ignore them, the main process
+    saves and ends its workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_workers() -> None:
-    """Workers ignore SIGTERM (above): Python's own terminate and join would wait for them."""
+    """Workers ignore SIGTERM (above): Python's own terminate and join would wait for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their end is no failure
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -523,7 +515,7 @@ def load_batches(dataset: Dataset, transform: v2.Transform, batches: Iterator, d
         cores = len(affinity(0)) if affinity else os.cpu_count()
         workers = max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     images = Seeded(dataset, transform, skip)
-    # ours: forked on Linux, no default since Python 3.14: the list of ImageNet's paths is shared
+    # ours: forked on Linux (no default since Python 3.14): workers share the list of paths
     fork = "fork" if sys.platform == "linux" else None
     try:
         yield from DataLoader(images, batch_sampler=batches, num_workers=workers,
@@ -541,16 +533,18 @@ def load_batches(dataset: Dataset, transform: v2.Transform, batches: Iterator, d
 def start_process(args: argparse.Namespace) -> torch.device:
     """Join torchrun's process group, or make a world of one; this rank's device. Decides on
     args.bf16 where it is None, and exits with one line if the batch does not divide."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
             raise SystemExit(f"process {local + 1} of this node finds {torch.cuda.device_count()} "
                              f"GPUs: lower --nproc_per_node")
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         device, backend = torch.device("cpu"), "gloo"
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         if sys.platform == "linux":
             # Reuse freed activations instead of returning them to the kernel, which would hand
             # them back page by page, zeroed, in every step: several times slower.
@@ -561,7 +555,7 @@ def start_process(args: argparse.Namespace) -> torch.device:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     if not dist.is_initialized():
         store, rank, world = dist.HashStore(), 0, 1
-        if "RANK" in os.environ:  # torchrun's, where the addresses of dead processes stay: a prefix
+        if "RANK" in os.environ:  # torchrun's outlives a restart, with dead processes' addresses
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store, rank, world = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(f"start {restarts}", store)
@@ -571,15 +565,8 @@ def start_process(args: argparse.Namespace) -> torch.device:
         raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of the "
                          f"{dist.get_world_size()} processes")
     if args.bf16 is None:
-        args.bf16 = has_bf16(device)
+        args.bf16 = has_bf16
     return device
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products are done by the hardware, not emulated."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class GatherBatch(torch.autograd.Function):
@@ -600,7 +587,7 @@ class GatherBatch(torch.autograd.Function):
 
 
 def from_first(make: Callable):
-    """What `make` returns or exits with on the first process, on all of them."""
+    """Call make() on the first process only: all return its value, or exit if it did."""
     box = [None]
     if dist.get_rank() == 0:
         try:
@@ -629,8 +616,7 @@ class Run:
     """
 
     # Flags that say where and how a run goes, not what it computes.
-    MAY_DIFFER = {"data", "out", "encoder", "workers", "checkpointing", "compile", "benchmark",
-                  "save_every"}
+    MAY_DIFFER = {"data", "out", "encoder", "workers", "checkpointing", "compile", "save_every"}
 
     def __init__(self, args: argparse.Namespace, **facts):
         """facts: what else must be the same for a run to be continued (its images, its encoder).
@@ -641,20 +627,20 @@ class Run:
         written."""
         self.folder, self.is_main = Path(args.out), dist.get_rank() == 0
         flags = {k: v for k, v in vars(args).items() if k not in self.MAY_DIFFER}
-        self.identity = json.loads(json.dumps(flags | facts))  # tuples become lists, as in the file
-        self.save_seconds, self.saved_at = 60 * args.save_every, time.monotonic()
-        self.lines, self.sums, self.count, self.notes = [], {}, 0, {}
+        self.identity, self.lines = flags | facts, []
         self.state, self.unfinished, self.label = {"done": {}, "solution": {}}, None, None
+        self.save_seconds, self.saved_at = 60 * args.save_every, time.monotonic()
         self.signal = 0
-        path = self.folder / "checkpoint.pt"
         if from_first(self._open):
-            saved = load_file(path, "checkpoint")
-            self._compare(saved["identity"])
+            saved = load_file(self.folder / "checkpoint.pt", "checkpoint")
+            for key, now in self.identity.items():
+                before = saved["identity"].get(key)
+                if before != now:
+                    line = (f"{self.folder} holds a run with {key.replace('_', '-')} {before}, not "
+                            f"{now}: use the same, or another --out")
+                    raise SystemExit(line if self.is_main else 1)
             self.state, self.unfinished = saved["state"], saved["training"]
-            self.count = saved["count"]
-            if self.is_main:  # a mean over processes, of which this one now has all
-                self.lines = saved["log"]
-                self.sums = {k: v * dist.get_world_size() for k, v in saved["sums"].items()}
+            self.lines = saved["log"]
         else:
             self.save()
         if self.is_main:
@@ -662,8 +648,9 @@ class Run:
             self.file.writelines(self.lines)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
         versions = dict(python=sys.version.split()[0], torch=torch.__version__,
-                        torchvision=torchvision.__version__, commit=git_commit())
+                        torchvision=torchvision.__version__, commit=commit)
         self.log("start", **vars(args), **facts, **versions, world_size=dist.get_world_size(),
                  time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
@@ -671,7 +658,7 @@ class Run:
         """Take the folder, on the first process: whether there is a checkpoint in it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / "log.jsonl", "a+", errors="replace")
+            self.file = open(self.folder / "log.jsonl", "a")
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"another run is writing to {self.folder}: pass another --out")
@@ -684,13 +671,6 @@ class Run:
                              f"ours: pass another --out")
         return there
 
-    def _compare(self, before: dict) -> None:
-        for key, now in self.identity.items():
-            if before.get(key) != now:
-                raise SystemExit(f"{self.folder} holds a run with {key.replace('_', '-')} "
-                                 f"{before.get(key)}, not {now}: use the same, or another --out"
-                                 if self.is_main else 1)
-
     def log(self, event: str, **fields) -> None:
         """Append a JSON line, on rank 0."""
         if self.is_main:
@@ -701,42 +681,41 @@ class Run:
     def save(self) -> None:
         """Replace the checkpoint. All ranks call it together, for the sums are reduced;
         Diverged if one of them is not finite."""
-        sums, training = self._reduced(), None
-        self.saved_at = time.monotonic()
-        if not self.is_main:
-            return
+        training = None
         if self.label:
             parts = {name: part.state_dict() for name, part in self.parts.items()}
-            training = dict(label=self.label, step=self.step, parts=parts)
-        save_file(dict(kind="checkpoint", identity=self.identity, state=self.state, log=self.lines,
-                       training=training, sums=sums, count=self.count),
-                  self.folder / "checkpoint.pt")
+            training = dict(label=self.label, step=self.step, parts=parts, sums=self._reduced(),
+                            count=self.count)
+        self.saved_at = time.monotonic()
+        if self.is_main:
+            save_file(dict(kind="checkpoint", identity=self.identity, state=self.state,
+                           log=self.lines, training=training), self.folder / "checkpoint.pt")
 
     def resume(self, label: str, **parts) -> int:
         """Begin a training, or go on where the checkpoint left it: the steps it has done.
 
         label: its name in the log; parts: all that training changes (model, optimizer), with
-        `state_dict` and `load_state_dict`: checkpoints hold them until `steps` has ended."""
+        `state_dict` and `load_state_dict`: saved with every checkpoint of this training."""
         self.label, self.parts, self.step = label, parts, 0
+        self.sums, self.count, self.notes = {}, 0, {}
         saved, self.unfinished = self.unfinished, None
         if saved and saved["label"] == label:
-            self.step = saved["step"]
+            self.step, self.count = saved["step"], saved["count"]
+            if self.is_main:  # saved were means over processes: this one takes all processes' part
+                self.sums = {k: v * dist.get_world_size() for k, v in saved["sums"].items()}
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
-        else:
-            self.sums, self.count = {}, 0
         return self.step
 
     def tally(self, **values: Tensor) -> None:
         """Values of this process and step, averaged until the next line of the log."""
         self.latest = {name: value.detach().double() for name, value in values.items()}
         for name, value in self.latest.items():
-            before = self.sums.get(name, torch.zeros_like(value)).to(value.device)
-            self.sums[name] = before + value
+            self.sums[name] = value + self.sums.get(name, 0)
         self.count += 1
 
     def note(self, **fields) -> None:
-        """Fields of the next line of the log that are no mean."""
+        """Fields of the next line of the log, as they are, not averaged."""
         self.notes |= fields
 
     def _reduced(self) -> dict[str, Tensor]:
@@ -746,12 +725,12 @@ class Run:
             return {}
         values = torch.stack(list(self.sums.values()))
         dist.all_reduce(values)
-        values /= dist.get_world_size()
+        reduced = dict(zip(self.sums, values / dist.get_world_size()))
         if not values.isfinite().all():
-            means = {k: v.item() / self.count for k, v in self.sums.items()}
+            means = {k: v.item() / self.count for k, v in reduced.items()}
             raise Diverged(f"not finite: {means}, {self.notes}: lower --lr, in another --out; "
-                           f"the last checkpoint is kept")
-        return dict(zip(self.sums, values))
+                           f"the last checkpoint is kept" if self.is_main else 1)
+        return reduced
 
     def steps(self, batches: Iterator, stop: int, images: int, due: Callable,
               hint: str = "") -> Iterator:
@@ -768,7 +747,7 @@ class Run:
             for step, batch in enumerate(bar, self.step):
                 yield step, batch
                 self.step = done = step + 1
-                if step % 20 == 0:  # between checkpoints the only wait for a GPU
+                if step % 20 == 0:  # reading a value waits for a GPU
                     shown = ", ".join(f"{k} {v.item():.4g}" for k, v in self.latest.items())
                     bar.set_postfix_str(f"{shown} {hint}", refresh=False)
                     self._reduced()
@@ -778,15 +757,13 @@ class Run:
                 if due(done) or caught or late:
                     self.save()
                 if caught:
-                    bar.close()
-                    self._leave(caught)
-            caught, _ = self._agree()  # one that came during the last save
-            if caught:
-                self._leave(caught)
+                    break
         finally:
             bar.close()
-            self.sums, self.count, self.notes = {}, 0, {}
             self.label, self.parts = None, {}
+        caught, _ = self._agree()  # or one that came during the last save
+        if caught:
+            self._leave(caught)
 
     def _log_means(self, images: int) -> None:
         seconds = time.monotonic() - self.clock
@@ -798,7 +775,8 @@ class Run:
         self.clock, self.clock_step = time.monotonic(), self.step
 
     def _agree(self) -> tuple[int, int]:
-        """The signal that any process has caught, and whether rank 0's clock wants a save."""
+        """Over all processes: the signal that one has caught, and whether rank 0's clock asks for a
+    save."""
         late = self.is_main and time.monotonic() - self.saved_at >= self.save_seconds
         both = torch.tensor([self.signal, int(late)])
         dist.all_reduce(both, dist.ReduceOp.MAX)
@@ -843,11 +821,6 @@ class Best:
         self.score, self.state = saved["score"], saved["state"]
 
 
-def git_commit() -> str:
-    """The commit of this code, or why there is none."""
-    return subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
-
-
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """ours: linear warm-up, then half a cosine down to zero."""
     if step < warmup:
@@ -856,16 +829,18 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 def fingerprints(names: list[str]) -> list:
-    """What must stay the same of files, wherever they lie: their content. Other names stay."""
-    return [zlib.crc32(Path(name).read_bytes()) if os.path.isfile(name) else name
-            for name in names]
+    """A file counts by its content (also torchvision:MODEL:FILE), so it may be moved; a name that
+    is no file counts as it is."""
+    paths = [name.rpartition(":")[2] for name in names]
+    return [zlib.crc32(Path(path).read_bytes()) if os.path.isfile(path) else name
+            for name, path in zip(names, paths)]
 
 
 # ---- Command lines -------------------------------------------------------------------------------
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The file's docstring as it stands, and every flag's default."""
+    """Prints the docstring unwrapped, and each flag's default unless it is None or False."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         told = action.default is None or action.default is False or "(default" in action.help
@@ -882,7 +857,7 @@ def make_parser(doc: str, out: str) -> argparse.ArgumentParser:
                                      formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--out", default=out, help="the run's folder; the same command continues it")
-    add("--seed", type=number(0, 2**61, int), default=0, help="of everything random")
+    add("--seed", type=number(0, 2**61, int), default=0, help="of all random numbers")
     add("--workers", type=number(0, 1024, int), help="data loading processes (default: one less "
         "than this process's share of the cores)")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: where "
@@ -894,10 +869,9 @@ def make_parser(doc: str, out: str) -> argparse.ArgumentParser:
 
 def number(low: float, high: float, kind: type = float) -> Callable[[str], float]:
     """A flag's type: a number in a range."""
-    def parse(text: str) -> float:
+    def number(text: str) -> float:  # "invalid number value: 'x'", says argparse
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
-    parse.__name__ = "number"
-    return parse
+    return number

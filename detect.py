@@ -42,8 +42,8 @@ from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
 import data
 from data import learning_rate, number
-from resnet import (Bottleneck, Encoder, LayerNorm, Source, TorchvisionResNet, assert_unchanged,
-                    find_encoders, load_file, save_file)
+from resnet import (Bottleneck, Encoder, LayerNorm, Source, TorchvisionResNet, find_encoders,
+                    load_file, save_file)
 
 # ---- The detector --------------------------------------------------------------------------------
 
@@ -51,14 +51,14 @@ from resnet import (Bottleneck, Encoder, LayerNorm, Source, TorchvisionResNet, a
 class Trunk(nn.Module):
     """f_theta on whole images, fully convolutional: [N, 3, H, W] -> [N, D, H/stride, W/stride].
 
-    Its normalisation stays as trained: batch norm with its running statistics. Layer norm's were a
-    patch's; here they are each position's, over its channels. ours, measured: with those of the
-    whole image mAP is 12 points lower, and the padding that a batch adds would change latents."""
+    Its batch norm keeps its running statistics. Layer norm was trained on the statistics of one
+    patch; a whole image has no patches, so here each position is normalised over its channels.
+    ours, measured: with the statistics of the whole image mAP is 12 points lower, and the padding
+    that a batch adds would change latents."""
 
     def __init__(self, encoder: nn.Module, bf16: bool):
         super().__init__()
         self.encoder, self.out_channels, self.bf16 = encoder, encoder.out_channels, bf16
-        self.frozen = True
         for module in encoder.modules():
             if isinstance(module, LayerNorm):
                 module.per_position = True
@@ -69,8 +69,7 @@ class Trunk(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        with (torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16),
-              torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen)):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             return self.encoder.features(images).float()
 
 
@@ -120,8 +119,8 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
         rpn_anchor_generator=anchors, rpn_head=rpn_head, rpn_post_nms_top_n_test=proposals,
         box_roi_pool=MultiScaleRoIAlign(["0"], cells, 2), box_head=Conv5(D, channels, bf16),
         box_predictor=FastRCNNPredictor(channels, classes + 1), box_batch_size_per_image=regions,
-        box_score_thresh=0.01,  # ours: average precision wants the doubtful ones too
-        # torchvision's RoIAlign guesses the stride from sizes before padding: pad little
+        box_score_thresh=0.01,  # ours: low scores add recall
+        # torchvision's RoIAlign infers the stride from the size before padding: pad little
         size_divisible=encoder.stride)
 
 
@@ -157,35 +156,28 @@ class ShapesObjects(Dataset):
         return with_truth(image, boxes, [1 + label] * len(boxes), [False] * len(boxes))
 
 
-class VOCObjects(Dataset):
-    """VOC 2007's list "trainval" or "test" below `root`. VOC counts pixels from 1 and its boxes
-    hold their last ones: (x1, y1, x2, y2) of its files is (x1 - 1, y1 - 1, x2, y2) here, so that
-    x2 - x1 is a width. names: the images', as VOC's devkit wants them."""
+class VOCObjects(datasets.VOCDetection):
+    """A list of VOC 2007's images. VOC counts pixels from 1 and its boxes hold their last ones:
+    (x1, y1, x2, y2) of its files is (x1 - 1, y1 - 1, x2, y2) here, so that x2 - x1 is a width."""
 
     classes = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
                "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant",
                "sheep", "sofa", "train", "tvmonitor"]
 
-    def __init__(self, root: Path, which: str):
-        names = root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{which}.txt"
-        if not names.is_file():
-            raise SystemExit(f"no {names}: pass --data DIR with VOCdevkit/VOC2007 in it, or "
-                             f"--data shapes")
-        self.voc = datasets.VOCDetection(root, "2007", which)
-        self.names = [Path(path).stem for path in self.voc.images]
-
-    def __len__(self) -> int:
-        return len(self.names)
+    @property
+    def names(self) -> list[str]:  # as VOC's devkit wants them
+        return [Path(path).stem for path in self.images]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, dict]:
-        root = ElementTree.parse(self.voc.annotations[index]).getroot()
-        things = self.voc.parse_voc_xml(root)["annotation"].get("object", [])
+        root = ElementTree.parse(self.annotations[index]).getroot()
+        things = self.parse_voc_xml(root)["annotation"].get("object", [])
         corners = [[float(thing["bndbox"][k]) for k in ("xmin", "ymin", "xmax", "ymax")]
                    for thing in things]
         boxes = torch.tensor(corners).view(-1, 4) - torch.tensor([1.0, 1.0, 0.0, 0.0])
         labels = [1 + self.classes.index(thing["name"]) for thing in things]
+        # ours: difficult objects are trained on, too (the paper is silent), and ignored in tests
         difficult = [thing.get("difficult") == "1" for thing in things]
-        return with_truth(data.read_image(self.voc.images[index]), boxes, labels, difficult)
+        return with_truth(data.read_image(self.images[index]), boxes, labels, difficult)
 
 
 def load_objects(name: str, split: str, size: int) -> ShapesObjects | VOCObjects:
@@ -194,14 +186,16 @@ def load_objects(name: str, split: str, size: int) -> ShapesObjects | VOCObjects
     if name == "shapes":
         return ShapesObjects(split, size)
     which = "trainval" if split == "train" else "test"
-    root = Path(name)
+    root = data.DOWNLOADS if name == "voc2007" else Path(name)
+    names = root / "VOCdevkit/VOC2007/ImageSets/Main" / f"{which}.txt"
     if name == "voc2007":
-        root = data.DOWNLOADS
-        names = root / "VOCdevkit/VOC2007/ImageSets/Main" / f"{which}.txt"
         # torchvision would unpack again what is there
-        data.download(name, lambda fetch: datasets.VOCDetection(
+        data.download(name, lambda fetch: VOCObjects(
             root, "2007", which, download=fetch and not names.is_file()))
-    return data.from_first(lambda: VOCObjects(root, which))
+    elif not names.is_file():
+        raise SystemExit(f"no {names}: pass --data DIR with VOCdevkit/VOC2007 in it, or "
+                         f"--data shapes")
+    return data.from_first(lambda: VOCObjects(root, "2007", which))
 
 
 def objects_transform(train: bool) -> v2.Compose:
@@ -214,15 +208,10 @@ def objects_transform(train: bool) -> v2.Compose:
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
-def collate(items: list[tuple]) -> tuple:
-    """A batch as (images, truths): images differ in size."""
-    return tuple(zip(*items))
-
-
 def prepare(images: list[Tensor], device: torch.device, color_drop: float = 0.0,
             seed: int = 0) -> list[Tensor]:
     """uint8 [3, H, W] each, this process's share of a batch -> what the detector takes; colours
-    dropped over the whole image (Sec. 2.2), each under a seed of its own place in the batch."""
+    dropped over the whole image (Sec. 2.2), by numbers that depend on its place in the batch."""
     prepared = []
     for n, image in enumerate(images):
         x = data.normalise(image.to(device, non_blocking=True))
@@ -247,28 +236,26 @@ def average_precision(detections: list[dict], truths: list[dict], label: int,
     A detection is right if its IoU with the object of its class that it overlaps most is at least
     `threshold`, and if no better one has found this object before. That of a `difficult` object
     is ignored. detections: boxes [n, 4], labels [n], scores [n] of each image."""
-    candidates, positives = [], 0
+    candidates, positives = [], 0  # (score, the object it is of or None, whether it is ignored)
     for image, (found, truth) in enumerate(zip(detections, truths, strict=True)):
         mine, true = found["labels"] == label, truth["labels"] == label
         difficult = truth["difficult"][true]
         positives += int((~difficult).sum())
         ious = box_iou(found["boxes"][mine], truth["boxes"][true])  # [n, objects]
         for score, row in zip(found["scores"][mine].tolist(), ious):
-            candidate = dict(score=score, object=None)
+            thing, ignored = None, False
             if len(row) and row.max() >= threshold:
                 n = int(row.argmax())
-                candidate |= dict(object=(image, n), difficult=bool(difficult[n]))
-            candidates.append(candidate)
+                thing, ignored = (image, n), bool(difficult[n])
+            candidates.append((score, thing, ignored))
     if not positives:
         return None
-    candidates.sort(key=itemgetter("score"), reverse=True)
-    hits, taken = [], set()
-    for candidate in candidates:
-        if candidate["object"] is None:
-            hits.append(0)
-        elif not candidate["difficult"]:
-            hits.append(int(candidate["object"] not in taken))
-            taken.add(candidate["object"])
+    candidates.sort(key=itemgetter(0), reverse=True)
+    hits, taken = [], {None}  # what is of no object is wrong, as what is of one found before
+    for _, thing, ignored in candidates:
+        if not ignored:
+            hits.append(int(thing not in taken))
+            taken.add(thing)
     true_positives = torch.tensor(hits, dtype=torch.float64).cumsum(0)
     recall = true_positives / positives
     precision = true_positives / torch.arange(1, len(hits) + 1)
@@ -300,25 +287,20 @@ def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
     batches, world = data.test_batches(len(objects), 1), dist.get_world_size()
     transform = objects_transform(train=False)
     pairs = []
-    for images, truths in data.load_batches(objects, transform, batches, device, workers,
-                                            collate=collate):
-        both = *model(prepare(images, device)), *truths
-        pairs.append([{k: v.as_subclass(Tensor).cpu() for k, v in one.items()} for one in both])
+    for items in data.load_batches(objects, transform, batches, device, workers, collate=list):
+        ((image, truth),) = items
+        (found,) = model(prepare([image], device))
+        pairs.append([{k: v.as_subclass(Tensor).cpu() for k, v in one.items()}
+                      for one in (found, truth)])
     shares = [None] * world
     dist.all_gather_object(shares, pairs)
     pairs = [shares[i % world][i // world] for i in range(len(objects))]
     return tuple(map(list, zip(*pairs)))
 
 
-def mean_ap(model: FasterRCNN, objects: Dataset, classes: list[str], device: torch.device,
-            workers: int | None) -> float:
-    """mAP on some images, in percent."""
-    return average_precisions(*detect_all(model, objects, device, workers), classes)["mAP"]
-
-
 def make_optimizer(args: Namespace, phase: str, model: FasterRCNN) -> torch.optim.Optimizer:
     """AdamW (ours). paper: "then fine-tuned the entire model end-to-end", Sec. 2.2: with "a smaller
-    learning rate". ours: heads that no frozen phase has trained have the larger one."""
+    learning rate". ours: heads that start from random weights have the larger one."""
     heads = [*model.rpn.parameters(), *model.roi_heads.parameters()]
     fresh = phase == args.phase[0]
     groups = [dict(params=heads, lr=args.lr if fresh else args.finetune_lr)]
@@ -335,7 +317,6 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
     """Train `model` in place, `frozen`: all but the trunk, or `finetuned`: everything. Returns the
     held-out mAP (None: no held-out images). Early stopping, start_map included, as in eval.py."""
     frozen = phase == "frozen"
-    model.backbone.frozen = frozen
     model.backbone.requires_grad_(not frozen)
     world = dist.get_world_size()
     batch = min(args.batch_size, len(train_set) // world * world)
@@ -349,41 +330,45 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
     batches = data.train_batches(len(train_set), batch, args.seed, start, stop)
     transform = objects_transform(train=True)
     loader = data.load_batches(train_set, transform, batches, device, args.workers, skip=True,
-                               collate=collate)
+                               collate=list)
     model.train()
-    for step, (images, truths) in run.steps(loader, stop, batch, due=tests.__contains__):
+    for step, items in run.steps(loader, stop, batch, due=tests.__contains__):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, stop, 1.0, stop // 10)
         seed = data.derive_seed(args.seed, phase, step + 1)
         # of the scale, and of the anchors and regions that torchvision draws: each process its own
         torch.manual_seed(data.derive_seed(seed, dist.get_rank()))
+        images = prepare([image for image, _ in items], device, args.color_drop, seed)
         targets = [{k: truth[k].as_subclass(Tensor).to(device) for k in ("boxes", "labels")}
-                   for truth in truths]
-        losses = ddp(prepare(images, device, args.color_drop, seed), targets)
+                   for _, truth in items]
+        losses = ddp(images, targets)
+        loss = sum(losses.values())
         optimizer.zero_grad()
-        sum(losses.values()).backward()
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)  # ours: for a batch of bad boxes
         optimizer.step()
-        run.tally(loss=sum(losses.values()), **losses, gradient_norm=norm)
+        run.tally(loss=loss, **losses, gradient_norm=norm)
         if step + 1 in tests and len(held_out):
-            held_map = mean_ap(model, held_out, held_out.dataset.classes, device, args.workers)
+            found = detect_all(model, held_out, device, args.workers)
+            held_map = average_precisions(*found, held_out.dataset.classes)["mAP"]
             model.train()
             run.note(held_out=held_map)
             best.offer(held_map)
     return best.restore()
 
 
-def run_phases(args: Namespace, row: str, source: Source, sets: tuple[Subset, Subset, Dataset],
-               sizes: dict, device: torch.device, run: data.Run) -> None:
+def run_phases(args: Namespace, source: Source, sets: tuple[Subset, Subset, Dataset],
+               device: torch.device, run: data.Run) -> None:
     """A row of the table: the phases of Sec. 4.3, one from the other's solution, each tested."""
     train_set, held_out, test_set = sets
     network = source.make(args.seed)
+    sizes = dict(side=args.side, tiny=args.tiny, proposals=args.proposals, regions=args.regions)
     torch.manual_seed(data.derive_seed(args.seed, "detector"))
     model = build_detector(network, len(test_set.classes), **sizes, bf16=args.bf16)
     model = model.to(device, memory_format=torch.channels_last)
     before = None
     for phase in args.phase:
-        key = f"{row}/{phase}"
+        key = f"{source.name}/{phase}"
         if key in run.state["done"]:
             before = run.state["done"][key]["held_out_map"]
             if key in run.state["solution"]:
@@ -392,7 +377,7 @@ def run_phases(args: Namespace, row: str, source: Source, sets: tuple[Subset, Su
         began, weights = time.time(), copy.deepcopy(network.state_dict())
         before = fit(args, phase, model, train_set, held_out, device, run, key, before)
         if phase == "frozen":
-            assert_unchanged(network, weights)
+            torch.testing.assert_close(network.state_dict(), weights, rtol=0, atol=0)  # Sec. 2.2
         detections, truths = detect_all(model, test_set, device, args.workers)
         result = dict(encoder=source.name, arch=source.arch, phase=phase, seed=args.seed,
                       held_out_map=before, seconds=round(time.time() - began, 1),
@@ -403,7 +388,7 @@ def run_phases(args: Namespace, row: str, source: Source, sets: tuple[Subset, Su
             described = dict(kind="detector", arch=network.arch, classes=test_set.classes,
                              norm=getattr(network, "norm", None), sizes=sizes,
                              stem=getattr(network, "stem", None), state=model.state_dict())
-            save_file(described, run.folder / row / "model.pt")
+            save_file(described, run.folder / source.name / "model.pt")
         run.state["done"][key] = result
         last = phase == args.phase[-1]
         run.state["solution"] = {} if last else {key: copy.deepcopy(model.state_dict())}
@@ -520,6 +505,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--proposals", type=number(1, 1e4, int), default=300, help="of a test image")  # Ren 2015
     add("--regions", type=number(4, 1e4, int), default=128, help="of a training image")  # Girshick
     # ours: the paper states nothing of the optimisation
+    # differs: Sec. 2.2 stops early and trains on "the entire PASCAL-2007 dataset": not on these
     add("--held-out", type=number(0, 0.5), default=0.1, help="share of the training images to stop "
         "by; 0 for a fixed schedule")
     add("--epochs", type=epochs, default=30, help="with the trunk frozen")
@@ -532,7 +518,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     early, _ = parser.parse_known_args(argv)
     sources = [] if early.detect else find_encoders(early.encoder, "layer3")
     file = next((source.file for source in sources if source.file), None)
-    if early.tiny or file and file["trained"].get("data") == "shapes":
+    from_shapes = file is not None and file["trained"].get("data") == "shapes"
+    if early.tiny or from_shapes:
         parser.set_defaults(tiny=True, **TINY)
     args = parser.parse_args(argv)
     args.sources = sources
@@ -550,19 +537,14 @@ def main(args: Namespace) -> None:
     whole, test_set = (load_objects(args.data, split, args.side) for split in ("train", "test"))
     chosen, held = data.label_subset([0] * len(whole), 1.0, args.seed, args.held_out)
     train_set, held_out = Subset(whole, chosen), Subset(whole, held)
-    if len(train_set) < dist.get_world_size():
-        raise SystemExit(f"{args.data} has {len(train_set)} training images, fewer than processes")
     run = data.Run(args, images=[len(whole), whole.names[0], whole.names[-1]],
                    processes=dist.get_world_size(), encoders=data.fingerprints(args.encoder))
     if run.is_main:
         print(f"{len(train_set)} training, {len(held_out)} held-out and {len(test_set)} test "
               f"images, {len(whole.classes)} classes, shorter side {args.side}; {args.batch_size} "
               f"images a step on {dist.get_world_size()} x {device.type}")
-    sizes = dict(side=args.side, tiny=args.tiny, proposals=args.proposals, regions=args.regions)
-    names = [source.name for source in sources]
-    for n, source in enumerate(sources):
-        row = source.name if names.count(source.name) == 1 else f"{source.name}-{n}"
-        run_phases(args, row, source, (train_set, held_out, test_set), sizes, device, run)
+    for source in sources:
+        run_phases(args, source, (train_set, held_out, test_set), device, run)
     if run.is_main:
         print_table(run.state["done"], test_set.classes)
 

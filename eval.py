@@ -19,13 +19,12 @@ Shapes: B batch, G grid side, D latent channels, S image side.
 
 import copy
 import math
-import os
 import random
 import statistics
 import time
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from argparse import BooleanOptionalAction, Namespace
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -38,8 +37,8 @@ from torchvision.transforms import v2
 
 import data
 from data import learning_rate, number
-from resnet import (ARCHITECTURES, STEMS, Bottleneck, Encoder, Source, assert_unchanged,
-                    find_encoders, save_encoder)
+from resnet import (ARCHITECTURES, STEMS, Bottleneck, Encoder, Source, find_encoders,
+                    save_encoder)
 
 # ---- Classifiers h_psi: latents [B, D, G, G] -> logits [B, classes] ------------------------------
 
@@ -60,8 +59,8 @@ class LinearProbe(nn.Module):
 
 def pooled_linear(channels: int, classes: int, dropout: float) -> nn.Sequential:
     """Mean-pool, A.4's "DropOut layer before the final linear classification layer", linear."""
-    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return nn.Sequential(*pool, nn.Dropout(dropout), nn.Linear(channels, classes))
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout),
+                         nn.Linear(channels, classes))
 
 
 def resnet_head(in_channels: int, classes: int, dropout: float = 0.0, channels: int = 4096,
@@ -92,39 +91,41 @@ class Classifier(nn.Module):
         self.encoder.train(mode and not self.frozen)
         return self
 
-    def latents(self, inputs: Tensor) -> Tensor:
-        """Patches [B, G, G, 3, P, P] or whole images [B, 3, S, S] -> [B, D, G, G]."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            patches = inputs.dim() == 6
-            return self.encoder.grid(inputs) if patches else self.encoder.features(inputs)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.latents(inputs)).float()
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patches [B, G, G, 3, P, P], of which a whole image is one -> logits [B, classes]."""
+        if patches.shape[1] == 1:
+            latents = self.encoder.features(patches.flatten(0, 2))  # [B, D, S/stride, S/stride]
+        else:
+            latents = self.encoder.grid(patches)  # [B, D, G, G]
+        return self.head(latents).float()
 
 
 # ---- Rows of the table: feature extractors f_theta -----------------------------------------------
 
 
 def find_rows(args: Namespace, sources: list[Source]) -> list[Source]:
-    """The rows that `--encoder` and `--supervised` ask for. What `file` says of a row is its crop,
-    its patch and stride (None: it sees whole images), and how it was `trained`."""
-    whole = dict(crop=args.crop, patch=None, stride=None, trained={})
+    """The rows that `--encoder` and `--supervised` ask for. Each one's `file` says its crop, patch
+    and stride (a whole image is one patch), and how an encoder of ours was `trained`."""
+    whole = dict(crop=args.crop, patch=args.crop, stride=1, trained={})
     file = next((source.file for source in sources if source.file), None)
     rows = []
     if args.head != "none":
         rows = [source._replace(file=source.file or whole) for source in sources]
     for name in args.supervised:
         arch, _, stem = name.partition(":")
-        if not name.startswith("patched"):  # A.4: ResNet v2, with batch norm, on whole images
+        if arch in ARCHITECTURES and stem in ("", *STEMS):
+            # A.4: ResNet v2, with batch norm, on whole images
             network = arch, "batch", stem or None
             rows.append(Source("pixels", name, Encoder, network, file=whole, supervised=True))
-        elif file:  # Sec. 4.1: CPC's own encoder: 66.4 % with batch norm, 62.5 % without
+        elif name in ("patched", "patched-none") and file:
+            # Sec. 4.1: CPC's own encoder: 66.4 % with batch norm, 62.5 % without
             network = file["arch"], "none" if name == "patched-none" else "batch", file["stem"]
             rows.append(Source(name, file["arch"], Encoder, network, supervised=True,
                                file=file | {"trained": {}}))
         else:
-            raise SystemExit(f"{name} takes architecture and patches from an encoder.pt: name one "
-                             f"in --encoder")
+            raise SystemExit(f"--supervised {name} is none of {', '.join(ARCHITECTURES)} (with "
+                             f":STEM, one of {', '.join(STEMS)}, for another); nor, beside an "
+                             f"encoder.pt in --encoder, patched, patched-none")
     return rows
 
 
@@ -133,8 +134,8 @@ def augmentation(row: Source, args: Namespace) -> tuple[v2.Compose, dict]:
     trained, crop = row.file["trained"], row.file["crop"]
     if args.head == "linear" and trained:
         # Sec. 2.2, linear classification: "the same data-augmentation as in the unsupervised
-        # learning phase", from the encoder's file; of colours dropped and area: from the flags,
-        # whose defaults are the first file's
+        # learning phase", from the encoder's file; colour dropping and area come from the
+        # flags; their defaults are those of the first encoder file
         patches = dict(color_drop=args.color_drop, jitter=trained["jitter"], flip=trained["flip"])
         return data.image_transform(trained["image_aug"], crop, args.min_area), patches
     grey = trained.get("image_aug") == "v1"
@@ -151,8 +152,6 @@ def augmentation(row: Source, args: Namespace) -> tuple[v2.Compose, dict]:
 
 # ---- Cells of the table: a row, a share of the labels, a seed ------------------------------------
 
-CACHE = 4 << 30  # ours: bytes of frozen latents that a process keeps of a set of images
-
 
 @dataclass
 class Cell:
@@ -160,64 +159,32 @@ class Cell:
 
     args: Namespace
     row: Source
-    labels: float  # the share that is used
+    labels: float  # the fraction of the training labels that is used
     seed: int
-    classes: int
     train: Subset
     held_out: Subset  # of the training images, to stop and select by
     test: Dataset
     device: torch.device
-    cache: dict = field(default_factory=dict)  # frozen latents of held-out and test images
 
-    def inputs(self, images: Tensor, seed: int | None = None, **augmented) -> Tensor:
-        """uint8 [B, 3, S, S] -> what the network takes; a whole image is one patch."""
-        whole, stride = not self.row.file["patch"], self.row.file["stride"] or 1
-        patch = self.row.file["patch"] or self.row.file["crop"]
-        patches = data.to_patches(images, self.device, patch, stride, seed, **augmented)
-        return patches.flatten(0, 2) if whole else patches
+    def patches(self, images: Tensor, seed: int | None = None, **augmented) -> Tensor:
+        """uint8 [B, 3, S, S] -> what the classifier takes."""
+        file = self.row.file
+        return data.to_patches(images, self.device, file["patch"], file["stride"], seed,
+                               **augmented)
 
-    def train_batches(self, batch: int, start: int, stop: int) -> Iterator:
-        """(inputs, labels) of steps start to stop, augmented."""
-        transform, augmented = augmentation(self.row, self.args)
-        batches = data.train_batches(len(self.train), batch, self.seed, start, stop)
-        loader = data.load_batches(self.train, transform, batches, self.device, self.args.workers,
-                                   skip=True)
-        for step, (images, labels) in enumerate(loader, start):
-            seed = data.derive_seed(self.seed, "patches", step)
-            yield self.inputs(images, seed, **augmented), labels.to(self.device)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
-
-    def latents(self, model: Classifier, images: Dataset, name: str) -> Iterator:
-        """(latents, labels) of this process's share of some images, not augmented. A frozen encoder
-        sees them once: its latents are kept, if they are few."""
-        if model.frozen and name in self.cache:
-            yield from self.cache[name]
-            return
+    @torch.no_grad()
+    def accuracy(self, model: Classifier, images: Dataset) -> tuple[float, float]:
+        """Top-1 and top-5 in percent over all processes: a single crop (Sec. 2.2)."""
+        model.eval()
         grey = self.row.file["trained"].get("image_aug") == "v1"
         transform = data.image_transform("test", self.row.file["crop"], grey=grey)
         batch = max(1, self.args.batch_size // dist.get_world_size())
-        batches = data.test_batches(len(images), batch)
-        kept, size = [], 0
-        for x, y in data.load_batches(images, transform, batches, self.device, self.args.workers):
-            with self.autocast():
-                z = model.latents(self.inputs(x))
-            size += z.nbytes
-            if model.frozen and size <= CACHE:
-                kept.append((z.cpu(), y.clone()))  # not the loader's own, which may be pinned
-            yield z, y
-        if model.frozen and size <= CACHE:
-            self.cache[name] = kept
-
-    @torch.no_grad()
-    def accuracy(self, model: Classifier, images: Dataset, name: str) -> tuple[float, float]:
-        """Top-1 and top-5 in percent over all processes: a single crop (Sec. 2.2)."""
-        model.eval()
+        loader = data.load_batches(images, transform, data.test_batches(len(images), batch),
+                                   self.device, self.args.workers)
         counts = torch.zeros(3, dtype=torch.int64, device=self.device)
-        for z, y in self.latents(model, images, name):
-            with self.autocast():
-                logits = model.head(z.to(self.device)).float()
+        for x, y in loader:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+                logits = model(self.patches(x))
             counts += count_correct(logits, y.to(self.device))
         dist.all_reduce(counts)
         top1, top5, n = counts.tolist()
@@ -246,16 +213,16 @@ def variant(recipe: dict, seed: int) -> dict:
 def build_classifier(cell: Cell, dropout: float) -> Classifier:
     """The row's network under its head, both with weights that are a function of the seed."""
     row, encoder = cell.row, cell.row.make(cell.seed)
-    channels = encoder.out_channels
+    channels, classes = encoder.out_channels, len(cell.train.dataset.classes)
     torch.manual_seed(data.derive_seed(cell.seed, "head"))
     if row.supervised:
-        head = pooled_linear(channels, cell.classes, dropout)
+        head = pooled_linear(channels, classes, dropout)
     elif cell.args.head == "linear":
-        head = LinearProbe(channels, cell.classes)
+        head = LinearProbe(channels, classes)
     else:
         # paper: 4096 and 1024. ours: the head of a small encoder is as wide as the encoder
         size = (4096, 1024) if channels >= 1024 else (channels, channels // 4)
-        head = resnet_head(channels, cell.classes, dropout, *size)
+        head = resnet_head(channels, classes, dropout, *size)
     model = Classifier(encoder, head, frozen=not row.supervised)
     return model.to(cell.device, memory_format=torch.channels_last)
 
@@ -289,9 +256,6 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
     known (start_top1) and higher. Without held-out images: the last state."""
     world = dist.get_world_size()
     batch = min(max(recipe["batch_size"], world), len(cell.train)) // world * world
-    if not batch:
-        raise SystemExit(f"{len(cell.train)} labelled images do not fill a batch of {world} "
-                         f"processes")
     epochs = recipe["epochs"] * len(cell.train) / batch
     stop = math.ceil(max(epochs, recipe["min_steps"]))
     constant = isinstance(model.head, LinearProbe)  # paper: A.3 names a learning rate, no schedule
@@ -301,15 +265,19 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
     start = run.resume(key, model=part, optimizer=optimizer, best=best)
 
     ddp, tests = DistributedDataParallel(model), {math.ceil(stop * n / 10) for n in range(1, 11)}
-    batches = cell.train_batches(batch, start, stop)
+    transform, augmented = augmentation(cell.row, cell.args)
+    batches = data.train_batches(len(cell.train), batch, cell.seed, start, stop)
+    loader = data.load_batches(cell.train, transform, batches, cell.device, cell.args.workers,
+                               skip=True)
     model.train()
-    for step, (inputs, labels) in run.steps(batches, stop, batch, due=tests.__contains__):
+    for step, (images, labels) in run.steps(loader, stop, batch, due=tests.__contains__):
         rate = 1.0 if constant else learning_rate(step, stop, 1.0, stop // 10)
         optimizer.param_groups[0]["lr"] = recipe["lr"] * rate
+        patches = cell.patches(images, data.derive_seed(cell.seed, "patches", step), **augmented)
         torch.manual_seed(data.derive_seed(cell.seed, "drop-out", step + 1, dist.get_rank()))
-        with cell.autocast():
-            logits = ddp(inputs)
-        loss = F.cross_entropy(logits, labels)
+        with torch.autocast(cell.device.type, torch.bfloat16, enabled=cell.args.bf16):
+            logits = ddp(patches)
+        loss = F.cross_entropy(logits, labels.to(cell.device))
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # measured, not clipped
@@ -318,7 +286,7 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
         if step + 1 in tests:
             average_buffers(part)
             if len(cell.held_out):
-                top1, _ = cell.accuracy(model, cell.held_out, "held-out")
+                top1, _ = cell.accuracy(model, cell.held_out)
                 model.train()
                 run.note(held_out=top1)
                 best.offer(top1)
@@ -327,13 +295,13 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
 
 def choose_recipe(cell: Cell, recipe: dict, trials: int, run: data.Run) -> dict:
     """`--sweep`: of `trials` recipes, this one and variants of it, the one with the best held-out
-    top-1 of the first stage. A trial that diverges loses; none sees a test image."""
-    recipes = [recipe] + [variant(recipe, n) for n in range(1, trials)]
-    scores = []
-    for n, trial in enumerate(recipes):
-        stage = "scratch" if cell.row.supervised else "frozen"
+    top-1 of the first stage, on the first seed's labels for all seeds. A trial that diverges
+    loses; none sees a test image."""
+    stage, tried = "scratch" if cell.row.supervised else "frozen", []
+    for n in range(trials):
         key = f"{cell.row.name}/{cell.row.arch}/{stage}/{cell.labels:g}/trial {n}"
         if key not in run.state["done"]:
+            trial = variant(recipe, n) if n else recipe
             model = build_classifier(cell, trial["dropout"])
             try:
                 top1 = fit(cell, model, trial, stage, key, run)
@@ -342,63 +310,51 @@ def choose_recipe(cell: Cell, recipe: dict, trials: int, run: data.Run) -> dict:
             run.state["done"][key] = dict(held_out_top1=top1, recipe=trial)
             run.log("trial", fit=key, held_out_top1=top1, recipe=trial)
             run.save()
-        scores.append(run.state["done"][key]["held_out_top1"])
-    return recipes[scores.index(max(scores))]
-
-
-def run_stage(cell: Cell, model: Classifier, recipe: dict, stage: str, run: data.Run,
-              before: dict | None = None, keep: bool = False) -> dict:
-    """One stage of a cell: train, test, and log a `result`, which it returns. What the run has
-    done already is not trained again: `model` then has the weights of its head if they were kept
-    for the next stage (keep), and else stays as it is. before: the result of the stage before."""
-    key = f"{cell.row.name}/{cell.row.arch}/{stage}/{cell.labels:g}/seed {cell.seed}"
-    if key in run.state["done"]:
-        if key in run.state["solution"]:
-            model.head.load_state_dict(run.state["solution"][key])
-        return run.state["done"][key]
-    began, weights = time.time(), copy.deepcopy(model.encoder.state_dict())
-    start_top1 = before["held_out_top1"] if before else None
-    held_top1 = fit(cell, model, recipe, stage, key, run, start_top1)
-    if model.frozen:
-        assert_unchanged(model.encoder, weights)
-    if before and held_top1 is not None and held_top1 == start_top1:
-        top1, top5 = before["top1"], before["top5"]  # still the solution that has been tested
-    else:
-        top1, top5 = (round(top, 3) for top in cell.accuracy(model, cell.test, "test"))
-    result = dict(
-        encoder=cell.row.name, arch=cell.row.arch, stage=stage, head=cell.args.head,
-        labels=cell.labels, labelled_images=len(cell.train), held_out_images=len(cell.held_out),
-        seed=cell.seed, held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe,
-        seconds=round(time.time() - began, 1))
-    if run.is_main and cell.row.supervised and cell.row.file["patch"]:
-        save_trunk(cell, model.encoder, run.folder)
-    run.state["done"][key] = result
-    run.state["solution"] = {key: copy.deepcopy(model.head.state_dict())} if keep else {}
-    run.log("result", **result)
-    run.save()
-    return result
+        tried.append(run.state["done"][key])
+    return max(tried, key=itemgetter("held_out_top1"))["recipe"]
 
 
 def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
-    """A cell of the table (Sec. 2.2)."""
-    args, model = cell.args, build_classifier(cell, recipe["dropout"])
-    if cell.row.supervised:
-        run_stage(cell, model, recipe, "scratch", run)
-        return
-
+    """A cell of the table (Sec. 2.2): its stages, one from the other's solution, each tested. What
+    the run has done already is not trained again."""
+    args, row, model = cell.args, cell.row, build_classifier(cell, recipe["dropout"])
     # "keep the feature extractor f_theta fixed": psi* on the latents of theta*
-    two_stages = args.head == "resnet"
-    frozen = run_stage(cell, model, recipe, "frozen", run, keep=two_stages)
-
-    # "initialize the feature extractor and classifier with the solutions theta*, psi* found in
-    # the previous learning phase, and train them both", with "a smaller learning rate and
-    # early-stopping"
-    if two_stages:
-        model.freeze(False)
-        longer = args.finetune_epochs / args.epochs
-        slower = recipe | dict(lr=args.finetune_lr, epochs=args.finetune_epochs,
-                               min_steps=longer * recipe["min_steps"])
-        run_stage(cell, model, slower, "finetuned", run, before=frozen)
+    stages, held_top1 = ["scratch"] if row.supervised else ["frozen"], None
+    if args.head == "resnet" and not row.supervised:
+        stages.append("finetuned")
+    for stage in stages:
+        if stage == "finetuned":
+            # "initialize the feature extractor and classifier with the solutions theta*, psi*
+            # found in the previous learning phase, and train them both", with "a smaller learning
+            # rate and early-stopping"
+            model.freeze(False)
+            longer = args.finetune_epochs / args.epochs
+            recipe = recipe | dict(lr=args.finetune_lr, epochs=args.finetune_epochs,
+                                   min_steps=longer * recipe["min_steps"])
+        key = f"{row.name}/{row.arch}/{stage}/{cell.labels:g}/seed {cell.seed}"
+        if key in run.state["done"]:
+            held_top1 = run.state["done"][key]["held_out_top1"]
+            if key in run.state["solution"]:
+                model.head.load_state_dict(run.state["solution"][key])
+            continue
+        began, weights = time.time(), copy.deepcopy(model.encoder.state_dict())
+        held_top1 = fit(cell, model, recipe, stage, key, run, held_top1)
+        if model.frozen:
+            # frozen means bit-identical (Sec. 2.2), batch norm's statistics included
+            torch.testing.assert_close(model.encoder.state_dict(), weights, rtol=0, atol=0)
+        top1, top5 = (round(top, 3) for top in cell.accuracy(model, cell.test))
+        result = dict(
+            encoder=row.name, arch=row.arch, stage=stage, head=args.head, labels=cell.labels,
+            labelled_images=len(cell.train), held_out_images=len(cell.held_out), seed=cell.seed,
+            held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe,
+            seconds=round(time.time() - began, 1))
+        if run.is_main and row.supervised and row.name != "pixels":
+            save_trunk(cell, model.encoder, run.folder)
+        run.state["done"][key] = result
+        last = stage == stages[-1]
+        run.state["solution"] = {} if last else {key: copy.deepcopy(model.head.state_dict())}
+        run.log("result", **result)
+        run.save()
 
 
 def save_trunk(cell: Cell, encoder: Encoder, folder: Path) -> None:
@@ -426,18 +382,17 @@ def row_name(result: dict) -> str:
 def print_tables(results: list[dict], classes: int, test_images: int) -> None:
     """Table 5's shape, top-1 and top-5: a column for each share of the labels, mean ± standard
     deviation over seeds."""
-    shares = sorted({r["labels"] for r in results})
-    names = list(dict.fromkeys(map(row_name, results)))
+    labelled = {r["labels"]: r["labelled_images"] for r in results}
+    shares, names = sorted(labelled), list(dict.fromkeys(map(row_name, results)))
     width = max(15, *map(len, names)) + 2
 
     def print_row(name: str, cells: list) -> None:
         print(f"{name:{width}}" + "".join(f"{cell:>14}" for cell in cells))
 
-    of_share = {share: next(r for r in results if r["labels"] == share) for share in shares}
     print(f"\n{test_images} test images, {classes} classes, seeds "
           f"{sorted({r['seed'] for r in results})}, {results[0]['held_out_images']} held-out "
           f"training images to stop and select by")
-    print_row("labelled images", [of_share[share]["labelled_images"] for share in shares])
+    print_row("labelled images", [labelled[share] for share in shares])
     for top, title, guesses in (("top1", "top-1 %", 1), ("top5", "top-5 %", min(5, classes))):
         print_row(title, [f"{100 * share:g} %" for share in shares])
         for name in names:
@@ -479,15 +434,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = data.make_parser(__doc__, out="runs/eval")
     add, share = parser.add_argument, number(0, 1)
     add("--data", default="imagenet", help=data.DATA + "; with an encoder, its own")
-    add("--tiny", action="store_true", help="the CPU scale, on shapes; with an encoder of it, too")
+    add("--tiny", action="store_true", help="the CPU scale, on shapes; implied by an encoder of it")
     add("--encoder", nargs="+", metavar="NAME", help="what cpc.py wrote (default: "
         "runs/cpc/encoder.pt); random: the network before it, untrained; "
         "torchvision:resnet50[:WEIGHTS], without WEIGHTS untrained")
     add("--head", choices=("linear", "resnet", "none"), help="on the latents; none: the supervised "
         "rows alone (default: linear; resnet with --labels or --subset; none with --supervised)")
-    add("--labels", type=number(1e-9, 1), nargs="+", metavar="F", help="shares of the training "
-        "labels (default: 1)")
-    add("--subset", metavar="FILE", help="the labelled images by name, instead of --labels")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--labels", type=number(1e-9, 1), nargs="+", metavar="F", help="shares of "
+                       "the training labels (default: 1)")
+    which.add_argument("--subset", metavar="FILE", help="the labelled images by name instead")
     add("--supervised", nargs="*", metavar="ARCH", help="also from pixels (A.4): resnet50, "
         "resnet101, resnet152 (default; a small encoder's own), ..., with :STEM for another "
         "stem; from scratch as CPC's encoder (Sec. 4.1): patched, with batch norm, or patched-none")
@@ -514,7 +470,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--min-area", type=number(1e-3, 1), default=0.08, help="of the inception crop")
     add("--color-drop", type=share, default=0.5, help="of the encoders' rows, probability for a "
         "patch or a whole image")
-    add("--distort", action=BooleanOptionalAction, default=True, help="Inception's colours")
+    add("--distort", action=BooleanOptionalAction, default=True, help="Inception's random "
+        "brightness, contrast, saturation and hue")
 
     early, _ = parser.parse_known_args(argv)
     head, names, supervised = early.head, early.encoder, early.supervised or []
@@ -548,36 +505,22 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             supervised = [file["arch"] + (f":{file['stem']}" if file["stem"] != own else "")]
     args = parser.parse_args(argv)
     args.head, args.encoder, args.sources, args.tiny = head, names, sources, tiny
-    args.supervised = supervised
-    check_args(parser, args, file)
-    args.labels = sorted(set(args.labels or [1.0]))
-    return args
-
-
-def check_args(parser: ArgumentParser, args: Namespace, file: dict | None) -> None:
-    """Exit with one line on flags that cannot work together."""
-    for name in args.supervised:
-        arch, _, stem = name.partition(":")
-        known = arch in ARCHITECTURES and (not stem or stem in STEMS)
-        if not known and name not in ("patched", "patched-none"):
-            parser.error(f"--supervised {name} is none of {', '.join(ARCHITECTURES)} (with :STEM, "
-                         f"one of {', '.join(STEMS)}, for another), patched, patched-none")
+    args.supervised, args.labels = supervised, sorted(set(args.labels or [1.0]))
     if file and args.crop != file["crop"]:
         parser.error(f"--crop {args.crop} is not the {file['crop']} pixels of the encoder")
-    if args.head == "linear" and args.supervised:
+    if head == "linear" and supervised:
         parser.error("--supervised beside --head linear: their learning rates differ, run it alone "
                      "with --head none")
-    if args.head == "none" and not args.supervised:
+    if head == "none" and not supervised:
         parser.error("--head none leaves nothing to train: pass --supervised")
-    if args.subset and args.labels:
-        parser.error("--subset and --labels both say which labels are used: pass one")
     if args.sweep and not args.held_out:
         parser.error("--sweep needs held-out images to select by: pass --held-out")
+    return args
 
 
 def choose_labels(args: Namespace, train_set: Dataset, seed: int) -> list[tuple]:
     """(share, labelled images, held-out images) for each column of the table."""
-    targets = data.targets_of(train_set)
+    targets = train_set.targets
     if not args.subset:
         return [(f, *data.label_subset(targets, f, seed, args.held_out)) for f in args.labels]
     chosen = data.read_subset(args.subset, train_set)
@@ -592,7 +535,8 @@ def write_lists(folder: Path, train_set: Dataset, seed: int, columns: list[tuple
     for share, chosen, held in columns:
         for title, indices in ((f"labels-{share:g}", chosen), ("held-out", held)):
             lines = "".join(names[i] + "\n" for i in indices)
-            (folder / f"{title}-seed-{seed}.txt").write_bytes(os.fsencode(lines))
+            path = folder / f"{title}-seed-{seed}.txt"
+            path.write_text(lines, "utf-8", "surrogateescape")
 
 
 def main(args: Namespace) -> None:
@@ -613,17 +557,14 @@ def main(args: Namespace) -> None:
     files = data.fingerprints([*args.encoder, *([args.subset] if args.subset else [])])
     run = data.Run(args, images=data.summary_of(train_set), files=files,
                    processes=dist.get_world_size())
-    if run.is_main:
-        for seed in seeds:
-            write_lists(run.folder, train_set, seed, columns[seed])
-    recipes = {}
     names = ("epochs", "min_steps", "batch_size", "lr", "weight_decay", "dropout")
     for seed in seeds:
+        if run.is_main:
+            write_lists(run.folder, train_set, seed, columns[seed])
         for row in rows:
-            cache = {}
             for share, chosen, held in columns[seed]:
-                cell = Cell(args, row, share, seed, classes, Subset(train_set, chosen),
-                            Subset(train_set, held), test_set, device, cache)
+                cell = Cell(args, row, share, seed, Subset(train_set, chosen),
+                            Subset(train_set, held), test_set, device)
                 recipe = {name: getattr(args, name) for name in names}
                 if row.supervised:
                     longer = SUPERVISED_LONGER
@@ -631,11 +572,8 @@ def main(args: Namespace) -> None:
                         longer = max(longer, 1 + args.finetune_epochs / args.epochs)
                     recipe["epochs"] *= longer
                     recipe["min_steps"] *= longer
-                if args.sweep:  # on the first seed's labels, for all seeds
-                    where = row.name, row.arch, row.supervised, share
-                    if where not in recipes:
-                        recipes[where] = choose_recipe(cell, recipe, args.sweep, run)
-                    recipe = recipes[where]
+                if args.sweep:
+                    recipe = choose_recipe(cell, recipe, args.sweep, run)
                 classify(cell, recipe, run)
     if run.is_main:
         results = [result for result in run.state["done"].values() if "top1" in result]

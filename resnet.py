@@ -26,8 +26,8 @@ ARCHITECTURES = {
     "resnet161": ((3, 4, 46), (256, 512, 4096), (64, 128, 512), "7x7"),
     # paper: Sec. 4.1. CPC v1's encoder: the first three stacks of ResNet-101.
     "resnet92": ((3, 4, 23), (256, 512, 1024), (64, 128, 256), "7x7"),
-    # paper: Fig. 4, right, a deeper and a wider variant. ours: what is in them, since the figure is
-    # lost. resnet161-wide has ResNet-161's width, and ResNet-92's depth of 92 layers.
+    # paper: Fig. 4, right, a deeper and a wider variant. ours: their block counts, since the text
+    # that we have lacks this figure. The wide one has ResNet-161's width, and 92 layers.
     "resnet161-deep": ((3, 4, 46), (256, 512, 1024), (64, 128, 256), "7x7"),
     "resnet161-wide": ((3, 4, 23), (256, 512, 4096), (64, 128, 512), "7x7"),
     # paper: A.4, the supervised baselines, "'v2' variant": all four stacks, on whole images.
@@ -169,7 +169,7 @@ class Encoder(nn.Module):
         if recompute is None:  # ours: 128 images of ResNet-161 take 56 GiB with, 127 without
             recompute = x.is_cuda and self.out_channels == 4096
         for block in self.blocks:
-            if recompute and torch.is_grad_enabled():
+            if recompute and x.requires_grad:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
@@ -189,7 +189,7 @@ class Encoder(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """torch.compile each block: all of the same shape share a graph (six for ResNet-161's 53),
         and each can still be recomputed on its own."""
-        torch._dynamo.config.recompile_limit = 64  # of graphs: torch's 8 are few beside other sizes
+        torch._dynamo.config.recompile_limit = 64  # torch's 8 are too few for two sizes of patches
         for block in self.blocks:
             block.compile(backend=backend)
 
@@ -208,15 +208,13 @@ def save_file(contents: dict, path: Path) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or "is the disk full?"
+        reason = getattr(error, "strerror", None) or f"is the disk full? {error}"
         raise SystemExit(f"cannot write {path}: {reason}; what was there is kept")
 
 
 def load_file(path: Path, kind: str) -> dict:
     """A file of `save_file`: tensors and plain values, no pickle is executed. Exits with one line
-    if there is none, or if it is no file of this kind."""
-    if not path.is_file():
-        raise SystemExit(f"no {kind} at {path}")
+    if it is no file of this kind."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         known = saved["kind"] == kind
@@ -233,10 +231,9 @@ def save_encoder(path: str | Path, encoder: Encoder, geometry: dict, trained: di
     encoder: from cpc.py the averaged one, if there is an average; geometry: crop, patch and stride
     in pixels, mean and std of the inputs; trained: how the weights came to be (data, arguments,
     steps), plain values only. Exits with one line if it cannot."""
-    network = dict(arch=encoder.arch, norm=encoder.norm, stem=encoder.stem)
     state = {name: value.cpu() for name, value in encoder.state_dict().items()}
-    weights = dict(trained=trained, state=state)
-    save_file({"kind": "encoder", **network, **geometry, **weights}, Path(path))
+    save_file(dict(kind="encoder", arch=encoder.arch, norm=encoder.norm, stem=encoder.stem,
+                   **geometry, trained=trained, state=state), Path(path))
 
 
 def load_encoder(path: str | Path) -> tuple[Encoder, dict]:
@@ -285,12 +282,12 @@ class TorchvisionResNet(nn.Module):
 class Source(NamedTuple):
     """A feature extractor: what one name on `--encoder` or `--supervised` stands for."""
 
-    name: str  # cpc, random, torchvision; of eval.py's, trained on labels: pixels, patched, ...
+    name: str  # cpc, random, torchvision; in eval.py also pixels, patched, patched-none
     arch: str
     network: type[nn.Module]
     arguments: tuple  # of `network`
     weights: dict | None = None  # a state_dict; None: random weights
-    file: dict | None = None  # what encoder.pt says beside the weights; None: not of a file
+    file: dict | None = None  # what encoder.pt says beside the weights; None: no encoder.pt
     supervised: bool = False  # it starts from random weights and learns from labels alone
 
     def make(self, seed: int) -> nn.Module:
@@ -308,31 +305,23 @@ def find_encoders(names: list[str], last: str = "layer4") -> list[Source]:
     sources = []
     for name in names:
         if name == "random":
-            before = next((source for source in reversed(sources) if source.weights), None)
-            if before is None:
-                raise SystemExit("--encoder random takes its architecture from an encoder.pt: name "
-                                 "one before it")
-            sources.append(before._replace(name="random", weights=None))
+            if not sources:
+                raise SystemExit("--encoder random is the network before it, untrained: name one")
+            sources.append(sources[-1]._replace(name="random", weights=None))
         elif name.startswith("torchvision:"):
             _, model, *weights = name.split(":", 2)
             if model not in models.list_models(models, include="resnet*"):
                 raise SystemExit(f"--encoder {name}: torchvision has no such ResNet")
-            network = model, weights[0] if weights else None, last
-            sources.append(Source("torchvision", name.split(":", 1)[1], TorchvisionResNet, network))
-            sources[-1].make(0)  # so that weights that do not fit are refused at once
+            trained = TorchvisionResNet(model, weights[0], last).state_dict() if weights else None
+            sources.append(Source("torchvision", name.removeprefix("torchvision:"),
+                                  TorchvisionResNet, (model, None, last), trained))
         else:
             encoder, file = load_encoder(name)
             kind = file["trained"].get("supervised", "cpc")
             network = encoder.arch, encoder.norm, encoder.stem
             sources.append(Source(kind, encoder.arch, Encoder, network, encoder.state_dict(), file))
-    if sum(bool(source.weights) for source in sources) > 1:
-        for n, (source, name) in enumerate(zip(sources, names)):
-            if source.weights:  # rows of the table are told apart by their files
-                sources[n] = source._replace(arch=f"{source.arch} {name}")
+    kinds = [source.name for source in sources]
+    for n, kind in enumerate(kinds):
+        if kinds.count(kind) > 1:  # rows of the table are told apart by their place
+            sources[n] = sources[n]._replace(name=f"{kind}-{n}")
     return sources
-
-
-def assert_unchanged(network: nn.Module, before: dict[str, Tensor]) -> None:
-    """Frozen means bit-identical (Sec. 2.2), the statistics of a batch norm included."""
-    for key, value in network.state_dict().items():
-        assert torch.equal(value, before[key]), f"the frozen encoder's {key} has changed"
