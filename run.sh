@@ -63,8 +63,8 @@ results() {
     data=$1 lines=""
     photos="--tiny --arch small --stem 7x7 --crop 96 --patch 32 --stride 16 --min-area 0.3"
     photos+=" --hidden 128 --target-dim 64 --lr 2e-3 --warmup 200 --batch-size 64 --epochs 14"
-    pixels="--crop 96 --min-area 0.3 --batch-size 32 --min-steps 450 --epochs 5"
-    pixels+=" --finetune-epochs 5 --held-out 0.05"
+    pixels="--crop 120 --min-area 0.3 --batch-size 32 --min-steps 900 --epochs 10"
+    pixels+=" --finetune-epochs 10 --held-out 0.05"
     add export OMP_NUM_THREADS=1
     add "# Photos: pre-training, Table 1 (linear), Fig. 1"
     add python cpc.py $photos --bf16 --data $data/photos --out runs/photos
@@ -72,10 +72,8 @@ results() {
     for s in 0 1 2; do
         add python eval.py --encoder runs/photos/encoder.pt --labels 0.01 0.1 --seed $s \
             --out runs/photos-labels-$s
-        add python eval.py --head none --supervised tiny:7x7 --labels 0.01 --seed $s $pixels \
-            --data $data/photos --out runs/photos-pixels-1-$s
-        add python eval.py --head none --supervised small:7x7 --labels 0.1 --seed $s $pixels \
-            --data $data/photos --out runs/photos-pixels-10-$s
+        add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s $pixels \
+            --data $data/photos --out runs/photos-pixels-$s
     done
     add "# Shapes, five seeds: pre-training, Fig. 1 at 1 % of the labels"
     for s in 0 1 2 3 4; do
