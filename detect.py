@@ -192,10 +192,14 @@ def load_objects(name: str, split: str, size: int) -> ShapesObjects | VOCObjects
         # torchvision would unpack again what is there
         data.download(name, lambda fetch: VOCObjects(
             root, "2007", which, download=fetch and not names.is_file()))
-    elif not names.is_file():
-        raise SystemExit(f"no {names}: pass --data DIR with VOCdevkit/VOC2007 in it, or "
-                         f"--data shapes")
-    return data.from_first(lambda: VOCObjects(root, "2007", which))
+
+    def read() -> VOCObjects:
+        if not names.is_file():
+            raise SystemExit(f"no {names}: pass --data DIR with VOCdevkit/VOC2007 in it, or "
+                             f"--data shapes")
+        return VOCObjects(root, "2007", which)
+
+    return data.from_first(read)
 
 
 def objects_transform(train: bool) -> v2.Compose:
