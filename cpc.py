@@ -174,19 +174,6 @@ def make_patches(images: Tensor, args: Namespace, device: torch.device, step: in
                            color_drop=args.color_drop, jitter=args.jitter, flip=args.flip)
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, patches: Tensor, clip: float,
-           bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimisation step: this process's loss and contrastive accuracy, and the norm of the
-    gradient, which is the same on all processes."""
-    with torch.autocast(patches.device.type, torch.bfloat16, enabled=bf16):
-        loss, accuracy = model(patches)
-    optimizer.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-    optimizer.step()
-    return loss, accuracy, norm
-
-
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Polyak averaging after step `step`, counted from 0. ours: the decay grows with the steps: a
@@ -228,7 +215,9 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
             save_patches(patches, run.folder / "patches.png")
         lr = learning_rate(step, stop, args.lr, args.warmup)
         optimizer.param_groups[0]["lr"] = lr
-        loss, accuracy, norm = update(ddp, optimizer, patches, args.clip, args.bf16)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            loss, accuracy = ddp(patches)
+        norm = data.update(loss, optimizer, model.parameters(), args.clip or math.inf)
         if args.average:
             update_average(parts["average"], model.encoder, args.average, step)
         run.tally(loss=loss, accuracy=accuracy, gradient_norm=norm)
@@ -318,7 +307,9 @@ def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimi
     times = []
     for n in range(N + 2):
         begin = time.perf_counter()
-        update(ddp, optimizer, make_patches(images, args, device, n), args.clip, args.bf16)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            loss, _ = ddp(make_patches(images, args, device, n))
+        data.update(loss, optimizer, model.parameters(), args.clip or math.inf)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)

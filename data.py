@@ -621,14 +621,13 @@ class Run:
     def __init__(self, args: argparse.Namespace, **facts):
         """facts: what else must be the same for a run to be continued (its images, its encoder).
 
-        `state`: plain values and tensors that every checkpoint holds, and that a continued run
-        finds here again: which results are `done`, and the `solution` that the next training
-        starts from. Exits with one line if the folder holds another run, is in use, or cannot be
-        written."""
+        A continued run finds here again the results that are `done`, and the `solution` that the
+        next training starts from. Exits with one line if the folder holds another run, is
+        in use, or cannot be written."""
         self.folder, self.is_main = Path(args.out), dist.get_rank() == 0
         flags = {k: v for k, v in vars(args).items() if k not in self.MAY_DIFFER}
         self.identity, self.lines = flags | facts, []
-        self.state, self.unfinished, self.label = {"done": {}, "solution": {}}, None, None
+        self.done, self.solution, self.unfinished, self.label = {}, {}, None, None
         self.save_seconds, self.saved_at = 60 * args.save_every, time.monotonic()
         self.signal = 0
         if from_first(self._open):
@@ -639,8 +638,8 @@ class Run:
                     line = (f"{self.folder} holds a run with {key.replace('_', '-')} {before}, not "
                             f"{now}: use the same, or another --out")
                     raise SystemExit(line if self.is_main else 1)
-            self.state, self.unfinished = saved["state"], saved["training"]
-            self.lines = saved["log"]
+            self.done, self.solution = saved["done"], saved["solution"]
+            self.unfinished, self.lines = saved["training"], saved["log"]
         else:
             self.save()
         if self.is_main:
@@ -688,8 +687,16 @@ class Run:
                             count=self.count)
         self.saved_at = time.monotonic()
         if self.is_main:
-            save_file(dict(kind="checkpoint", identity=self.identity, state=self.state,
-                           log=self.lines, training=training), self.folder / "checkpoint.pt")
+            save_file(dict(kind="checkpoint", identity=self.identity, done=self.done,
+                           solution=self.solution, log=self.lines, training=training),
+                      self.folder / "checkpoint.pt")
+
+    def finish(self, key: str, event: str, result: dict, solution: dict | None = None) -> None:
+        """A training is done: its result, and the weights that the next one starts from, if any."""
+        self.done[key] = result
+        self.solution = {key: copy.deepcopy(solution)} if solution else {}
+        self.log(event, **result)
+        self.save()
 
     def resume(self, label: str, **parts) -> int:
         """Begin a training, or go on where the checkpoint left it: the steps it has done.
@@ -826,6 +833,17 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def update(loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterator,
+           clip: float = math.inf) -> Tensor:
+    """One optimisation step. Returns the gradient's norm, which is the same on all processes, as it
+    was before it is clipped to `clip`."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    return norm
 
 
 def fingerprints(names: list[str]) -> list:

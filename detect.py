@@ -347,10 +347,8 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
                    for _, truth in items]
         losses = ddp(images, targets)
         loss = sum(losses.values())
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)  # ours: for a batch of bad boxes
-        optimizer.step()
+        # ours: clipped, for a batch of bad boxes
+        norm = data.update(loss, optimizer, model.parameters(), clip=10.0)
         run.tally(loss=loss, **losses, gradient_norm=norm)
         if step + 1 in tests and len(held_out):
             found = detect_all(model, held_out, device, args.workers)
@@ -373,10 +371,10 @@ def run_phases(args: Namespace, source: Source, sets: tuple[Subset, Subset, Data
     before = None
     for phase in args.phase:
         key = f"{source.name}/{phase}"
-        if key in run.state["done"]:
-            before = run.state["done"][key]["held_out_map"]
-            if key in run.state["solution"]:
-                model.load_state_dict(run.state["solution"][key])
+        if key in run.done:
+            before = run.done[key]["held_out_map"]
+            if key in run.solution:
+                model.load_state_dict(run.solution[key])
             continue
         began, weights = time.time(), copy.deepcopy(network.state_dict())
         before = fit(args, phase, model, train_set, held_out, device, run, key, before)
@@ -393,11 +391,7 @@ def run_phases(args: Namespace, source: Source, sets: tuple[Subset, Subset, Data
                              norm=getattr(network, "norm", None), sizes=sizes,
                              stem=getattr(network, "stem", None), state=model.state_dict())
             save_file(described, run.folder / source.name / "model.pt")
-        run.state["done"][key] = result
-        last = phase == args.phase[-1]
-        run.state["solution"] = {} if last else {key: copy.deepcopy(model.state_dict())}
-        run.log("result", **result)
-        run.save()
+        run.finish(key, "result", result, None if phase == args.phase[-1] else model.state_dict())
 
 
 # ---- What is left behind -------------------------------------------------------------------------
@@ -550,7 +544,7 @@ def main(args: Namespace) -> None:
     for source in sources:
         run_phases(args, source, (train_set, held_out, test_set), device, run)
     if run.is_main:
-        print_table(run.state["done"], test_set.classes)
+        print_table(run.done, test_set.classes)
 
 
 if __name__ == "__main__":

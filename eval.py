@@ -278,10 +278,7 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
         with torch.autocast(cell.device.type, torch.bfloat16, enabled=cell.args.bf16):
             logits = ddp(patches)
         loss = F.cross_entropy(logits, labels.to(cell.device))
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # measured, not clipped
-        optimizer.step()
+        norm = data.update(loss, optimizer, model.parameters())
         run.tally(loss=loss, gradient_norm=norm)
         if step + 1 in tests:
             average_buffers(part)
@@ -300,17 +297,15 @@ def choose_recipe(cell: Cell, recipe: dict, trials: int, run: data.Run) -> dict:
     stage, tried = "scratch" if cell.row.supervised else "frozen", []
     for n in range(trials):
         key = f"{cell.row.name}/{cell.row.arch}/{stage}/{cell.labels:g}/trial {n}"
-        if key not in run.state["done"]:
+        if key not in run.done:
             trial = variant(recipe, n) if n else recipe
             model = build_classifier(cell, trial["dropout"])
             try:
                 top1 = fit(cell, model, trial, stage, key, run)
             except data.Diverged:
                 top1 = -1.0
-            run.state["done"][key] = dict(held_out_top1=top1, recipe=trial)
-            run.log("trial", fit=key, held_out_top1=top1, recipe=trial)
-            run.save()
-        tried.append(run.state["done"][key])
+            run.finish(key, "trial", dict(fit=key, held_out_top1=top1, recipe=trial))
+        tried.append(run.done[key])
     return max(tried, key=itemgetter("held_out_top1"))["recipe"]
 
 
@@ -332,10 +327,10 @@ def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
             recipe = recipe | dict(lr=args.finetune_lr, epochs=args.finetune_epochs,
                                    min_steps=longer * recipe["min_steps"])
         key = f"{row.name}/{row.arch}/{stage}/{cell.labels:g}/seed {cell.seed}"
-        if key in run.state["done"]:
-            held_top1 = run.state["done"][key]["held_out_top1"]
-            if key in run.state["solution"]:
-                model.head.load_state_dict(run.state["solution"][key])
+        if key in run.done:
+            held_top1 = run.done[key]["held_out_top1"]
+            if key in run.solution:
+                model.head.load_state_dict(run.solution[key])
             continue
         began, weights = time.time(), copy.deepcopy(model.encoder.state_dict())
         held_top1 = fit(cell, model, recipe, stage, key, run, held_top1)
@@ -350,11 +345,7 @@ def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
             seconds=round(time.time() - began, 1))
         if run.is_main and row.supervised and row.name != "pixels":
             save_trunk(cell, model.encoder, run.folder)
-        run.state["done"][key] = result
-        last = stage == stages[-1]
-        run.state["solution"] = {} if last else {key: copy.deepcopy(model.head.state_dict())}
-        run.log("result", **result)
-        run.save()
+        run.finish(key, "result", result, None if stage == stages[-1] else model.head.state_dict())
 
 
 def save_trunk(cell: Cell, encoder: Encoder, folder: Path) -> None:
@@ -576,7 +567,7 @@ def main(args: Namespace) -> None:
                     recipe = choose_recipe(cell, recipe, args.sweep, run)
                 classify(cell, recipe, run)
     if run.is_main:
-        results = [result for result in run.state["done"].values() if "top1" in result]
+        results = [result for result in run.done.values() if "top1" in result]
         print_tables(results, classes, len(test_set))
 
 

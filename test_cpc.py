@@ -562,7 +562,8 @@ def test_one_batch_can_be_learned():
     images = torch.stack([x for x, _ in data.Shapes("train").__getitems__(list(range(4)))])
     patches = data.to_patches(images, CPU, 8, 6)
     for _ in range(40):
-        loss, accuracy, _ = cpc.update(model, optimizer, patches, 1.0, bf16=False)
+        loss, accuracy = model(patches)
+        data.update(loss, optimizer, model.parameters(), 1.0)
     assert loss < 0.25 * math.log(100) and accuracy > 0.8
 
 
@@ -703,7 +704,7 @@ def classify(cell, folder):
     """One cell of the table: its results."""
     run = make_run(folder)
     evaluation.classify(cell, RECIPE, run)
-    return list(run.state["done"].values())
+    return list(run.done.values())
 
 
 @pytest.mark.parametrize("encoder_file", ["layer", "batch"], indirect=True)
@@ -1127,14 +1128,14 @@ def test_what_a_run_may_continue(tmp_path):
     """The same command, with its state and its log; nothing else, and nothing is lost."""
     out = tmp_path / "run"
     run = make_run(out, seed=0)
-    assert run.state["done"] == {} and events(out, "start")[0]["seed"] == 0
+    assert run.done == {} and events(out, "start")[0]["seed"] == 0
     with pytest.raises(SystemExit, match="holds a run with seed 0, not 1"):
         make_run(out, seed=1)
     run.log("train", step=1)
-    run.state["done"] = 1
+    run.done = 1
     run.save()
     run.log("train", step=2)  # after the last checkpoint: it will be done again
-    assert make_run(out, seed=0, workers=3).state["done"] == 1
+    assert make_run(out, seed=0, workers=3).done == 1
     assert [line["step"] for line in events(out, "train")] == [1]
     with pytest.raises(SystemExit, match="holds a run with seed 0, not 1"):
         make_run(out, seed=1)
@@ -1212,9 +1213,9 @@ def test_what_is_not_finite_is_never_saved(tmp_path):
         with pytest.raises(data.Diverged, match="not finite.*lower --lr, in another --out"):
             steps_of(run, values)
     assert make_run(tmp_path).resume("train") == 4 and len(events(tmp_path, "train")) == 1
-    run.state["done"] = 1
+    run.done = 1
     run.save()  # a sweep goes on after a trial that diverged
-    assert make_run(tmp_path).state["done"] == 1 and make_run(tmp_path).resume("train") == 0
+    assert make_run(tmp_path).done == 1 and make_run(tmp_path).resume("train") == 0
 
 
 def test_checkpoints_come_by_the_clock_too(tmp_path):
@@ -1288,7 +1289,8 @@ def three_steps(norm):
                                generator=generator(step))
         patches = data.to_patches(images[rank::world], CPU, 8, 6, seed=step, color_drop=0.5,
                                   jitter=True, flip=0.5).contiguous()
-        loss, _, _ = cpc.update(ddp, optimizer, patches, 0.0, bf16=False)
+        loss, _ = ddp(patches)
+        data.update(loss, optimizer, model.parameters())
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         rows = [torch.empty_like(patches) for _ in range(world)]
         dist.all_gather(rows, patches)
@@ -1317,14 +1319,14 @@ def check_processes(folder, voc, out):
 
     if first_time:
         pretrain("undisturbed")
-        update, steps = cpc.update, iter(range(10))
+        update, steps = data.update, iter(range(10))
 
         def killed(*args):
             if next(steps) == 7 and dist.get_rank():
                 os.kill(os.getpid(), signal.SIGKILL)
             return update(*args)
 
-        cpc.update = killed
+        data.update = killed
     pretrain("cpc")
     dist.barrier()  # encoder.pt is there
     encoder, fit = ["--encoder", f"{out}/cpc/encoder.pt", "--batch-size", "8"], evaluation.fit
@@ -1639,9 +1641,9 @@ def leaves(x):
 def outcome(folder):
     """All that a run has learned: the leaves of its last state, but for the time it took."""
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    for result in saved["state"].get("done", {}).values():
+    for result in saved["done"].values():
         result.pop("seconds", None)
-    return leaves([saved["state"], saved["training"]])
+    return leaves([saved["done"], saved["solution"], saved["training"]])
 
 
 def test_continuing_is_exact(trained, folder, tmp_path):
