@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import zlib
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -857,6 +858,19 @@ def fingerprints(names: list[str]) -> list:
 # ---- Command lines -------------------------------------------------------------------------------
 
 
+def number(low: float, high: float, kind: type = float) -> Callable[[str], float]:
+    """A flag's type: a number in a range."""
+    def number(text: str) -> float:  # "invalid number value: 'x'", says argparse
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+    return number
+
+
+SHARE, RATE, COUNT = number(0, 1), number(1e-12, 1e3), number(1, 1e9, int)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Prints the docstring unwrapped, and each flag's default unless it is None or False."""
 
@@ -876,20 +890,7 @@ def make_parser(doc: str, out: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", default=out, help="the run's folder; the same command continues it")
     add("--seed", type=number(0, 2**61, int), default=0, help="of all random numbers")
-    add("--workers", type=number(0, 1024, int), help="data loading processes (default: one less "
-        "than this process's share of the cores)")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: where "
-        "the hardware has it)")
-    add("--save-every", type=number(0, 1e6), default=10.0, metavar="MINUTES", help="between "
-        "checkpoints; another one comes with each line of the log")
+    add("--workers", type=number(0, 1024, int), help="loading processes (default: cores left over)")
+    add("--bf16", action=BooleanOptionalAction, help="bfloat16 autocast (default: by the hardware)")
+    add("--save-every", type=number(0, 1e6), default=10.0, metavar="MINUTES", help="to save")
     return parser
-
-
-def number(low: float, high: float, kind: type = float) -> Callable[[str], float]:
-    """A flag's type: a number in a range."""
-    def number(text: str) -> float:  # "invalid number value: 'x'", says argparse
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return value
-    return number

@@ -41,9 +41,9 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
 import data
-from data import learning_rate, number
-from resnet import (Bottleneck, Encoder, LayerNorm, Source, TorchvisionResNet, find_encoders,
-                    load_file, save_file)
+from data import COUNT, RATE, SHARE, learning_rate, number
+from resnet import (ENCODERS, Bottleneck, Encoder, LayerNorm, Source, TorchvisionResNet,
+                    find_encoders, load_file, save_file)
 
 # ---- The detector --------------------------------------------------------------------------------
 
@@ -302,31 +302,21 @@ def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
     return tuple(map(list, zip(*pairs)))
 
 
-def make_optimizer(args: Namespace, phase: str, model: FasterRCNN) -> torch.optim.Optimizer:
-    """AdamW (ours). paper: "then fine-tuned the entire model end-to-end", Sec. 2.2: with "a smaller
-    learning rate". ours: heads that start from random weights have the larger one."""
-    heads = [*model.rpn.parameters(), *model.roi_heads.parameters()]
-    fresh = phase == args.phase[0]
-    groups = [dict(params=heads, lr=args.lr if fresh else args.finetune_lr)]
-    if phase == "finetuned":
-        groups.append(dict(params=list(model.backbone.parameters()), lr=args.finetune_lr))
-    for group in groups:
-        group["peak"] = group["lr"]
-    return torch.optim.AdamW(groups, weight_decay=args.weight_decay)
-
-
 def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_out: Subset,
         device: torch.device, run: data.Run, key: str,
         start_map: float | None = None) -> float | None:
     """Train `model` in place, `frozen`: all but the trunk, or `finetuned`: everything. Returns the
     held-out mAP (None: no held-out images). Early stopping, start_map included, as in eval.py."""
+    # paper: "fine-tuned the entire model end-to-end", Sec. 2.2: with "a smaller learning rate"
     frozen = phase == "frozen"
+    peak, epochs = (args.lr, args.epochs) if frozen else (args.finetune_lr, args.finetune_epochs)
     model.backbone.requires_grad_(not frozen)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, peak, weight_decay=args.weight_decay)  # ours
     world = dist.get_world_size()
     batch = min(args.batch_size, len(train_set) // world * world)
-    epochs = args.epochs if frozen else args.finetune_epochs
     stop = math.ceil(epochs * len(train_set) / batch)
-    optimizer, best = make_optimizer(args, phase, model), data.Best(model)
+    best = data.Best(model)
     best.offer(start_map)
     start = run.resume(key, model=model, optimizer=optimizer, best=best)
 
@@ -337,8 +327,7 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
                                collate=list)
     model.train()
     for step, items in run.steps(loader, stop, batch, due=tests.__contains__):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate(step, stop, 1.0, stop // 10)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, stop, peak, stop // 10)
         seed = data.derive_seed(args.seed, phase, step + 1)
         # of the scale, and of the anchors and regions that torchvision draws: each process its own
         torch.manual_seed(data.derive_seed(seed, dist.get_rank()))
@@ -369,7 +358,7 @@ def run_phases(args: Namespace, source: Source, sets: tuple[Subset, Subset, Data
     model = build_detector(network, len(test_set.classes), **sizes, bf16=args.bf16)
     model = model.to(device, memory_format=torch.channels_last)
     before = None
-    for phase in args.phase:
+    for phase in ("frozen", "finetuned"):
         key = f"{source.name}/{phase}"
         if key in run.done:
             before = run.done[key]["held_out_map"]
@@ -391,7 +380,7 @@ def run_phases(args: Namespace, source: Source, sets: tuple[Subset, Subset, Data
                              norm=getattr(network, "norm", None), sizes=sizes,
                              stem=getattr(network, "stem", None), state=model.state_dict())
             save_file(described, run.folder / source.name / "model.pt")
-        run.finish(key, "result", result, None if phase == args.phase[-1] else model.state_dict())
+        run.finish(key, "result", result, model.state_dict() if phase == "frozen" else None)
 
 
 # ---- What is left behind -------------------------------------------------------------------------
@@ -487,31 +476,25 @@ TINY = dict(data="shapes", side=64, proposals=50, regions=16, batch_size=4, epoc
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line, checked; `sources` in it are the encoders."""
     parser = data.make_parser(__doc__, out="runs/detect")
-    add, epochs, rate = parser.add_argument, number(1e-3, 1e6), number(1e-12, 1e3)
-    add("--data", default="voc", help="folder that holds VOCdevkit/VOC2007; or voc2007 "
-        "(downloaded), shapes (made)")
+    add = parser.add_argument
+    add("--data", default="voc", help="folder with VOCdevkit/VOC2007; voc2007: downloaded; shapes")
     add("--tiny", action="store_true", help="the CPU scale, on shapes: a narrow conv5")
-    add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help="what cpc.py "
-        "wrote; random: the same network untrained; torchvision:resnet50[:WEIGHTS]")
-    add("--phase", nargs="+", choices=("frozen", "finetuned"), default=["frozen", "finetuned"],
-        help="trunk fixed, or everything trained, from the frozen solution or alone")  # paper: both
+    add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help=ENCODERS)
     add("--detect", metavar="IMAGE", help="draw what the run in --out finds, train nothing")
     # Sec. 2.2: color-dropping and scale-augmentation, which is around --side
-    add("--side", type=number(32, 1e4, int), default=480, help="shorter side of test images, "
-        "pixels; in training half to 1.5 of the area")
-    add("--color-drop", type=number(0, 1), default=0.5, help="probability for an image")  # ours
+    add("--side", type=number(32, 1e4, int), default=480, help="shorter side of images, pixels")
+    add("--color-drop", type=SHARE, default=0.5, help="probability for an image")  # ours
     add("--proposals", type=number(1, 1e4, int), default=300, help="of a test image")  # Ren 2015
     add("--regions", type=number(4, 1e4, int), default=128, help="of a training image")  # Girshick
     # ours: the paper states nothing of the optimisation
     # differs: Sec. 2.2 stops early and trains on "the entire PASCAL-2007 dataset": not on these
-    add("--held-out", type=number(0, 0.5), default=0.1, help="share of the training images to stop "
-        "by; 0 for a fixed schedule")
-    add("--epochs", type=epochs, default=30, help="with the trunk frozen")
-    add("--finetune-epochs", type=epochs, default=30, help="of everything")
-    add("--batch-size", type=number(1, 1e9, int), default=16, help="images of all processes")
-    add("--lr", type=rate, default=2e-4, help="peak learning rate of AdamW")
-    add("--finetune-lr", type=rate, default=2e-5, help="and for everything")
-    add("--weight-decay", type=number(0, 1), default=1e-4, help="of all weights")
+    add("--held-out", type=number(0, 0.5), default=0.1, help="share, to stop by, or 0")
+    add("--epochs", type=number(1e-3, 1e6), default=30, help="with the trunk frozen")
+    add("--finetune-epochs", type=number(1e-3, 1e6), default=30, help="of everything")
+    add("--batch-size", type=COUNT, default=16, help="images of all processes")
+    add("--lr", type=RATE, default=2e-4, help="peak learning rate of AdamW")
+    add("--finetune-lr", type=RATE, default=2e-5, help="and for everything")
+    add("--weight-decay", type=SHARE, default=1e-4, help="of all weights")
 
     early, _ = parser.parse_known_args(argv)
     sources = [] if early.detect else find_encoders(early.encoder, "layer3")
@@ -521,7 +504,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         parser.set_defaults(tiny=True, **TINY)
     args = parser.parse_args(argv)
     args.sources = sources
-    args.phase = [phase for phase in ("frozen", "finetuned") if phase in args.phase]
     return args
 
 

@@ -36,8 +36,8 @@ from torch.utils.data import Dataset, Subset
 from torchvision.transforms import v2
 
 import data
-from data import learning_rate, number
-from resnet import (ARCHITECTURES, STEMS, Bottleneck, Encoder, Source, find_encoders,
+from data import COUNT, RATE, SHARE, learning_rate, number
+from resnet import (ARCHITECTURES, ENCODERS, STEMS, Bottleneck, Encoder, Source, find_encoders,
                     save_encoder)
 
 # ---- Classifiers h_psi: latents [B, D, G, G] -> logits [B, classes] ------------------------------
@@ -420,89 +420,78 @@ SUPERVISED_LONGER = 2.5
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The command line, checked; `sources` in it are the encoders. The first one's scale, data and
-    augmentation are the defaults."""
+    """The command line, checked; `sources` in it are the encoders. The first file among them gives
+    scale, data and augmentation their defaults."""
     parser = data.make_parser(__doc__, out="runs/eval")
-    add, share = parser.add_argument, number(0, 1)
+    add = parser.add_argument
     add("--data", default="imagenet", help=data.DATA + "; with an encoder, its own")
     add("--tiny", action="store_true", help="the CPU scale, on shapes; implied by an encoder of it")
-    add("--encoder", nargs="+", metavar="NAME", help="what cpc.py wrote (default: "
-        "runs/cpc/encoder.pt); random: the network before it, untrained; "
-        "torchvision:resnet50[:WEIGHTS], without WEIGHTS untrained")
-    add("--head", choices=("linear", "resnet", "none"), help="on the latents; none: the supervised "
-        "rows alone (default: linear; resnet with --labels or --subset; none with --supervised)")
+    add("--encoder", nargs="+", metavar="NAME", help=ENCODERS + " (default: runs/cpc/encoder.pt)")
+    add("--head", choices=("linear", "resnet", "none"), help="none: supervised rows alone "
+        "(default: resnet with --labels or --subset, else linear)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--labels", type=number(1e-9, 1), nargs="+", metavar="F", help="shares of "
-                       "the training labels (default: 1)")
+    which.add_argument("--labels", type=number(1e-9, 1), nargs="+", metavar="F",
+                       help="shares of the training labels (default: 1)")
     which.add_argument("--subset", metavar="FILE", help="the labelled images by name instead")
-    add("--supervised", nargs="*", metavar="ARCH", help="also from pixels (A.4): resnet50, "
-        "resnet101, resnet152 (default; a small encoder's own), ..., with :STEM for another "
-        "stem; from scratch as CPC's encoder (Sec. 4.1): patched, with batch norm, or patched-none")
-    add("--held-out", type=number(0, 0.5), default=0.02, help="share of the training images, or of "
-        "those that --subset leaves, to stop and select by; 0 for a fixed schedule")
-    add("--sweep", type=number(0, 1e6, int), default=0, metavar="N", help="recipes tried for each "
-        "row and share")  # paper: A.4
-    add("--seeds", type=number(1, 1e6, int), default=1, help="runs, each with its own labels")
+    add("--supervised", nargs="*", metavar="ARCH", help="also from pixels (A.4): ARCH[:STEM] "
+        "(default: resnet152, or a small encoder's); CPC's encoder from scratch (Sec. 4.1): "
+        "patched, with batch norm, patched-none")
+    add("--held-out", type=number(0, 0.5), default=0.02, help="share of the training images to "
+        "stop and select by; 0 for a fixed schedule")
+    # paper: A.4 tries several
+    add("--sweep", type=number(0, 1e6, int), default=0, metavar="N", help="recipes for each cell")
+    add("--seeds", type=COUNT, default=1, help="runs, each with its own labels")
     # The recipe, ours. A.4 has the learning rate, for the supervised rows. These defaults are
     # others for a linear probe, a small encoder, --tiny: see above.
     add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images")
     add("--finetune-epochs", type=number(1e-3, 1e6), default=50, help="of fine-tuning")
-    add("--min-steps", type=number(0, 1e9), default=10_000, help="at least, for few labels; for "
-        "--finetune-epochs in proportion")
-    add("--batch-size", type=number(1, 1e9, int), default=512, help="of all processes")
-    add("--lr", type=number(1e-12, 1e3), default=0.1, help="peak learning rate of SGD; linear "
-        "probe: of Adam")
-    add("--finetune-lr", type=number(1e-12, 1e3), default=1e-4, help="of AdamW")
-    add("--weight-decay", type=share, default=1e-4, help="of all weights")
+    add("--min-steps", type=number(0, 1e9), default=10_000, help="at least, for few labels")
+    add("--batch-size", type=COUNT, default=512, help="of all processes")
+    add("--lr", type=RATE, default=0.1, help="peak learning rate of SGD; linear probe: of Adam")
+    add("--finetune-lr", type=RATE, default=1e-4, help="of AdamW")
+    add("--weight-decay", type=SHARE, default=1e-4, help="of all weights")
     add("--dropout", type=number(0, 0.99), default=0.2, help="before the last layer")
     # Sec. 2.2, A.4: Inception preprocessing and color-dropping. With an encoder, crop, area and
     # colour dropping are its own.
-    add("--crop", type=number(1, 1e5, int), default=240, help="side of the image")
+    add("--crop", type=COUNT, default=240, help="side of the image")
     add("--min-area", type=number(1e-3, 1), default=0.08, help="of the inception crop")
-    add("--color-drop", type=share, default=0.5, help="of the encoders' rows, probability for a "
-        "patch or a whole image")
-    add("--distort", action=BooleanOptionalAction, default=True, help="Inception's random "
-        "brightness, contrast, saturation and hue")
+    add("--color-drop", type=SHARE, default=0.5, help="for a patch; supervised rows drop none")
+    add("--distort", action=BooleanOptionalAction, default=True, help="Inception's random colours")
 
     early, _ = parser.parse_known_args(argv)
-    head, names, supervised = early.head, early.encoder, early.supervised or []
-    if head is None and (early.labels or early.subset):
-        head = "resnet"
-    elif head is None:
-        head = "linear" if early.supervised is None else "none"
-    if names is None:
-        needed = head != "none" or any("patched" in name for name in supervised)
-        names = ["runs/cpc/encoder.pt"] if needed else []
-    sources = find_encoders(names)
+    head = early.head or ("resnet" if early.labels or early.subset else "linear")
     kind = "linear" if head == "linear" else "resnet"
+    names = early.encoder or ([] if head == "none" else ["runs/cpc/encoder.pt"])
+    sources = find_encoders(names)
+    file = next((source.file for source in sources if source.file), None)
+    tiny, own = early.tiny, "resnet152"  # own: the network that `--supervised` by itself means
     if head == "linear":
         parser.set_defaults(**PROBE)
-    file, tiny = next((source.file for source in sources if source.file), None), early.tiny
     if file:
         trained = file["trained"]
+        tiny = tiny or trained["data"] == "shapes"
         parser.set_defaults(crop=file["crop"], data=trained["data"], min_area=trained["min_area"],
                             color_drop=trained["color_drop"])
         if file["arch"] in SMALL_ENCODERS:
             parser.set_defaults(**SMALL[kind])
-        tiny = tiny or trained["data"] == "shapes"
+            own = file["arch"]
+            if file["stem"] != ARCHITECTURES[own][3]:
+                own += f":{file['stem']}"
+    elif tiny:
+        parser.set_defaults(crop=32, min_area=0.6)  # cpc.py's
+        own = "tiny"
     if tiny:
-        if not file:
-            parser.set_defaults(crop=32, min_area=0.6)  # cpc.py's
         parser.set_defaults(data="shapes", **TINY[kind])
-    if early.supervised == []:  # ours: beside a small encoder, its own architecture stands in
-        supervised = ["tiny" if tiny else "resnet152"]
-        if file and file["arch"] in SMALL_ENCODERS:
-            own = ARCHITECTURES[file["arch"]][3]
-            supervised = [file["arch"] + (f":{file['stem']}" if file["stem"] != own else "")]
     args = parser.parse_args(argv)
     args.head, args.encoder, args.sources, args.tiny = head, names, sources, tiny
-    args.supervised, args.labels = supervised, sorted(set(args.labels or [1.0]))
+    args.labels = sorted(set(args.labels or [1.0]))
+    args.supervised = [own] if args.supervised == [] else args.supervised or []
     if file and args.crop != file["crop"]:
         parser.error(f"--crop {args.crop} is not the {file['crop']} pixels of the encoder")
-    if head == "linear" and supervised:
+    if head == "linear" and args.supervised:
         parser.error("--supervised beside --head linear: their learning rates differ, run it alone "
                      "with --head none")
-    if head == "none" and not supervised:
+    if head == "none" and not args.supervised:
         parser.error("--head none leaves nothing to train: pass --supervised")
     if args.sweep and not args.held_out:
         parser.error("--sweep needs held-out images to select by: pass --held-out")
