@@ -1,7 +1,7 @@
 """CPC v2 pre-training (Sec. 2.1, 4.1, appendix A.2): images in, an encoder out.
 
     python cpc.py --tiny                                          # two CPU cores, minutes
-    torchrun --nproc_per_node=8 cpc.py --data imagenet            # the paper's run, one node
+    torchrun --nproc_per_node=8 cpc.py --data imagenet            # the paper's network, one node
     torchrun --nproc_per_node=8 cpc.py --data imagenet --preset v1 --out runs/v1
     python cpc.py --tiny --benchmark 20                           # where the time goes
 
@@ -73,11 +73,12 @@ def softmax_loss(queries: Tensor, candidates: Tensor, labels: Tensor) -> tuple[T
     return F.cross_entropy(logits, labels, reduction="sum"), hits
 
 
-def info_nce(predictions: Tensor, targets: Tensor, k: int, first: int = 0) -> tuple[Tensor, Tensor]:
+def info_nce(predictions: Tensor, targets: Tensor, k: int,
+             first_image: int = 0) -> tuple[Tensor, Tensor]:
     """InfoNCE (Sec. 2.1, A.2) for prediction length k.
 
     predictions [B, K, G, G]: at [b, :, i, j] the one made from c[i, j], for z[i + k, j];
-    targets [N, K, G, G]: of the whole minibatch, in which this process's images begin at `first`.
+    targets [N, K, G, G]: of the whole minibatch, in which this process's begin at `first_image`.
     Returns the mean cross-entropy over all positions that have a target, and the contrastive
     accuracy, the share of them where the true target scores highest: two scalars. Candidates are
     all N*G*G targets, so that chance is log(N*G*G): the negatives are "other locations in the
@@ -87,17 +88,18 @@ def info_nce(predictions: Tensor, targets: Tensor, k: int, first: int = 0) -> tu
     candidates = targets.permute(0, 2, 3, 1).reshape(-1, K).float()  # [N*G*G, K]
     # rows 0 .. G-k-1 have a target k rows below; G-k is A.2's col_dim_i, with k = i + 1
     queries = predictions[:, :, :-k].permute(0, 2, 3, 1).reshape(-1, K).float()  # [B*(G-k)*G, K]
-    # A.2's `col` lacks % (col_dim_i * row_dim): as printed, only a batch's first image has right
-    # labels
-    numbers = torch.arange(len(candidates), device=targets.device).view(-1, G, G)
-    labels = numbers[first:first + B, k:].flatten()  # of z[i + k, j], for c[i, j]
+    # differs: A.2's `col` lacks % (col_dim_i * row_dim): as printed, only a batch's first image has
+    # right labels
+    index = torch.arange(len(candidates), device=targets.device).view(-1, G, G)  # of a candidate
+    labels = index[first_image:first_image + B, k:].flatten()  # of z[i + k, j], for c[i, j]
     loss = hits = 0
     with torch.autocast(targets.device.type, enabled=False):  # ours: logits in float32
-        chunk = max(1, CHUNK * (8 if targets.is_cuda else 1) // len(candidates))
-        for q, y in zip(queries.split(chunk), labels.split(chunk)):
+        limit = 8 * CHUNK if targets.is_cuda else CHUNK
+        rows = max(1, limit // len(candidates))
+        for q, y in zip(queries.split(rows), labels.split(rows)):
             if len(q) == len(queries):
                 sums = softmax_loss(q, candidates, y)
-            else:  # of many logits a chunk is made at a time, and again in the backward pass
+            else:  # too many logits: a chunk at a time, computed again in the backward pass
                 sums = checkpoint(softmax_loss, q, candidates, y, use_reentrant=False,
                                   preserve_rng_state=False)
             loss, hits = loss + sums[0], hits + sums[1]
@@ -129,8 +131,9 @@ class CPC(nn.Module):
     directions: 1 (above predicts below), 2 (and below above) or 4 (and left right, right left).
     """
 
-    # Sec. 2.1 predicts downwards ("patches below ... from those above"), Sec. 4.1 says that CPC v1
-    # used "context from ... beneath": we follow Sec. 2.1. The quarter turns that point it down.
+    # For each direction, the quarter turns of the grid after which it predicts downwards. Sec. 2.1
+    # does so ("patches below ... from those above"), and Fig. 3 adds "bottum up" predictions to
+    # v1's; Sec. 4.1's "context from ... beneath" in v1 is at odds with both.
     TURNS = {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}
 
     def __init__(self, encoder: Encoder, directions: int = 4, lengths: tuple[int, ...] = (2, 3),
@@ -147,18 +150,18 @@ class CPC(nn.Module):
         """Augmented patches [B, G, G, 3, P, P] -> loss and contrastive accuracy, two scalars,
         means over directions and lengths.
 
-        paper: L_CPC sums over i, j, k; ours: the mean, which only rescales it and has log(N*G*G)
+        paper: L_CPC sums over i, j, k; differs: the mean, which only rescales it and has log(N*G*G)
         as chance. A.2's range(2, 3) holds k = 3 alone; Sec. 4.1's k in {2, 3} is what we take."""
         latents = self.encoder.grid(patches)  # [B, D, G, G]
         losses, accuracies = [], []
-        first = dist.get_rank() * len(latents)
+        first_image = dist.get_rank() * len(latents)
         for turn, direction in zip(self.turns, self.directions):
             turned = latents.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last)
             targets, predictions = direction(turned)
             # a few MB from each process: all share the whole batch's negatives
             targets = data.GatherBatch.apply(targets.float().contiguous())  # [N, K, G, G]
             for k, prediction in predictions.items():
-                loss, accuracy = info_nce(prediction, targets, k, first)
+                loss, accuracy = info_nce(prediction, targets, k, first_image)
                 losses.append(loss)
                 accuracies.append(accuracy)
         return torch.stack(losses).mean(), torch.stack(accuracies).mean()
@@ -190,7 +193,9 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     stop = args.epochs * steps_per_epoch
     G = data.grid_side(args.crop, args.patch, args.stride)
     chance = math.log(args.batch_size * G**2)  # the loss of guessing among all patches of a batch
-    run = data.Run(args, images=data.summary_of(dataset))
+    # batch norm's statistics are each process's (Sec. 4.1's comparison), all else is the batch's
+    processes = dist.get_world_size() if args.norm == "batch" else "any"
+    run = data.Run(args, images=data.summary_of(dataset), processes=processes)
     parts = {"model": model, "optimizer": optimizer}
     if args.average:  # ours: of the encoder alone: the rest is discarded after training
         parts["average"] = copy.deepcopy(model.encoder)
@@ -327,9 +332,9 @@ def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimi
 
 PRESETS = {
     "v2": {},  # the defaults below
-    # Where Fig. 3 starts: CPC v1 (van den Oord et al. 2018), as this paper and that one describe
-    # it: 256-pixel grey crops, 64-pixel patches jittered, one direction, k up to 5, no norm, Adam
-    # at 2e-4.
+    # Where Fig. 3 starts, as we read it: CPC v1 (van den Oord et al. 2018), as this paper and that
+    # one describe it: 256-pixel grey crops, 64-pixel patches jittered, one direction, k up to 5, no
+    # norm, Adam at 2e-4. The rest of the optimisation stays ours.
     "v1": dict(arch="resnet92", norm="none", directions=1, lengths=[2, 3, 4, 5], color_drop=0.0,
                image_aug="v1", crop=256, patch=64, stride=32, lr=2e-4, clip=0.0, average=0.0),
 }
@@ -357,7 +362,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--color-drop", type=SHARE, default=0.5, help="probability for a patch")  # ours: not stated
     add("--flip", type=SHARE, default=0.0, help="probability for a patch")  # paper: no gain here
     add("--jitter", action=BooleanOptionalAction, default=True, help="shift patches")  # paper
-    # A.3: the geometry, a 6x6 grid; A.2's example has v1's 7x7, which is 256/64/32
+    # A.3: the geometry, a 6x6 grid; A.2's example has 7x7, which is v1's 256/64/32
     add("--crop", type=COUNT, default=240, help="side of the image, pixels")  # paper
     add("--patch", type=COUNT, default=80, help="side of a patch, pixels")  # paper
     add("--stride", type=COUNT, default=32, help="from patch to patch, pixels")  # paper
@@ -403,9 +408,10 @@ def main(args: Namespace) -> None:
     device = data.start_process(args)
     dataset = data.load_dataset(args.data, "pretrain", args.crop)
     stop = args.epochs * (len(dataset) // args.batch_size)
-    if stop <= args.warmup and not args.benchmark:
+    least = 0 if args.benchmark else args.warmup
+    if stop <= least:
         raise SystemExit(f"{len(dataset)} images are {stop} steps of --batch-size "
-                         f"{args.batch_size}, no more than --warmup {args.warmup}: lower one")
+                         f"{args.batch_size}, no more than --warmup {least}: lower one")
 
     torch.manual_seed(args.seed)  # the same initial weights everywhere
     encoder = Encoder(args.arch, args.norm, args.stem, args.checkpointing)

@@ -74,9 +74,9 @@ def jittered(patch: int, numbers: Tensor) -> Tensor:
     uniform in 0..1, [...].
 
     paper: Sec. 4.1, "spatially jitters individual patches"; v1: a random 60x60 subcrop of a 64x64
-    patch, padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7), and the
-    border repeated: a border of zeros, which patches at test time do not have, cost a linear probe
-    on CIFAR-10 25 points of top-1."""
+    patch, padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7). differs:
+    the border is repeated: a border of zeros, which patches at test time do not have, cost a linear
+    probe on CIFAR-10 25 points of top-1."""
     side = max(1, min(patch - 1, patch * 60 // 64))
     shift = ((patch - side + 1) * numbers).long()
     inside = torch.arange(patch, device=shift.device) - (patch - side) // 2
@@ -112,8 +112,8 @@ def augment_patches(images: Tensor, patch: int, stride: int, generator: torch.Ge
     rank, world = dist.get_rank(), dist.get_world_size()
 
     def uniform() -> Tensor:
-        # for the whole batch, which `train_batches` deals out in turn: an image's numbers do not
-        # depend on the number of processes
+        # Every process draws the numbers of the whole batch and keeps those of its own images, as
+        # `train_batches` deals them out: they do not depend on the number of processes.
         numbers = torch.rand(B * world, G, G, generator=generator, device=images.device)
         return numbers[rank::world]  # [B, G, G]
 
@@ -384,7 +384,8 @@ def summary_of(dataset: Dataset) -> list:
 def label_subset(targets: list[int], fraction: float, seed: int,
                  held_out: float = 0.0) -> tuple[list[int], list[int]]:
     """The images whose labels are used (Sec. 2.2: 1 % to 100 %), and held-out ones to select on
-    (A.4: "a separate validation set"): two sorted lists of indices.
+    (A.4: "a separate validation set"): two sorted lists of indices. ours: the share of each class,
+    on ImageNet 7 to 13 images at 1 %; the abstract has 13.
 
     Each class's images in an order fixed by the seed: the subset is its first `fraction`, so that
     the 1 % is inside the 2 %, rounded, at least one; held out is its last `held_out`, the same for
@@ -617,7 +618,8 @@ class Run:
     """
 
     # Flags that say where and how a run goes, not what it computes.
-    MAY_DIFFER = {"data", "out", "encoder", "workers", "checkpointing", "compile", "save_every"}
+    MAY_DIFFER = {"data", "out", "encoder", "subset", "workers", "checkpointing", "compile",
+                  "save_every"}
 
     def __init__(self, args: argparse.Namespace, **facts):
         """facts: what else must be the same for a run to be continued (its images, its encoder).
@@ -709,7 +711,7 @@ class Run:
         saved, self.unfinished = self.unfinished, None
         if saved and saved["label"] == label:
             self.step, self.count = saved["step"], saved["count"]
-            if self.is_main:  # saved were means over processes: this one takes all processes' part
+            if self.is_main:  # saved were means over processes: the others start at zero
                 self.sums = {k: v * dist.get_world_size() for k, v in saved["sums"].items()}
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
@@ -783,8 +785,7 @@ class Run:
         self.clock, self.clock_step = time.monotonic(), self.step
 
     def _agree(self) -> tuple[int, int]:
-        """Over all processes: the signal that one has caught, and whether rank 0's clock asks for a
-    save."""
+        """Over all processes: the signal that one has caught; does rank 0's clock ask to save?"""
         late = self.is_main and time.monotonic() - self.saved_at >= self.save_seconds
         both = torch.tensor([self.signal, int(late)])
         dist.all_reduce(both, dist.ReduceOp.MAX)
@@ -805,7 +806,8 @@ class Run:
 
 
 class Best:
-    """Early stopping (Sec. 2.2): the best state of a module, by a score on held-out images."""
+    """Early stopping (Sec. 2.2, for fine-tuning; ours: in every stage): the best state of a module,
+    by a score on held-out images."""
 
     def __init__(self, module: nn.Module):
         self.module, self.score, self.state = module, None, None

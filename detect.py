@@ -74,7 +74,7 @@ class Trunk(nn.Module):
 
 
 class Conv5(nn.Module):
-    """A ResNet's last stack (He et al. 2016), fresh, on each region: [R, D, h, w] -> [R, C]."""
+    """A ResNet's last stack (He et al. 2016b), fresh, on each region: [R, D, h, w] -> [R, C]."""
 
     def __init__(self, in_channels: int, channels: int, bf16: bool):
         super().__init__()
@@ -98,7 +98,7 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
     classes: without the background; side: shorter side of test images, pixels; proposals: from the
     region proposal network at test time; regions: trained on, of an image."""
     D = encoder.out_channels
-    # Ren et al. 2015, at other sides in proportion
+    # ours: torchvision's sizes, for a side of 480, at others in proportion
     sizes = tuple(round(pixels * side / 480) for pixels in (32, 64, 128, 256, 512))
     anchors = AnchorGenerator((sizes,), ((0.5, 1.0, 2.0),))
     width = min(D, 512)  # Ren et al. 2015: 512; torchvision's keeps D
@@ -203,8 +203,8 @@ def load_objects(name: str, split: str, size: int) -> ShapesObjects | VOCObjects
 
 
 def objects_transform(train: bool) -> v2.Compose:
-    """(image, truth) -> (uint8 tensor, truth): mirrored half the time. Scale and colours (Sec. 2.2)
-    are drawn on the device, by the detector and `prepare`. ours: boxes of less than a pixel inside
+    """(image, truth) -> (uint8 tensor, truth). Scale and colours (Sec. 2.2) are drawn on the device,
+    by the detector and `prepare`. ours: mirrored half the time; boxes of less than a pixel inside
     the image are left out."""
     steps = []
     if train:
@@ -215,7 +215,8 @@ def objects_transform(train: bool) -> v2.Compose:
 def prepare(images: list[Tensor], device: torch.device, color_drop: float = 0.0,
             seed: int = 0) -> list[Tensor]:
     """uint8 [3, H, W] each, this process's share of a batch -> what the detector takes; colours
-    dropped over the whole image (Sec. 2.2), by numbers that depend on its place in the batch."""
+    dropped (Sec. 2.2; ours: over the whole image), by numbers that depend on its place in the
+    batch."""
     prepared = []
     for n, image in enumerate(images):
         x = data.normalise(image.to(device, non_blocking=True))
@@ -238,28 +239,28 @@ def average_precision(detections: list[dict], truths: list[dict], label: int,
     precision at that recall or a higher one, in 0..1; None for a class without objects that count.
 
     A detection is right if its IoU with the object of its class that it overlaps most is at least
-    `threshold`, and if no better one has found this object before. That of a `difficult` object
-    is ignored. detections: boxes [n, 4], labels [n], scores [n] of each image."""
-    candidates, positives = [], 0  # (score, the object it is of or None, whether it is ignored)
+    `threshold`, and if no better one has found this object before. One that matches a `difficult`
+    object counts neither way. detections: boxes [n, 4], labels [n], scores [n] of each image."""
+    candidates, positives = [], 0  # (score, the object it matches or None, whether it is ignored)
     for image, (found, truth) in enumerate(zip(detections, truths, strict=True)):
         mine, true = found["labels"] == label, truth["labels"] == label
         difficult = truth["difficult"][true]
         positives += int((~difficult).sum())
         ious = box_iou(found["boxes"][mine], truth["boxes"][true])  # [n, objects]
         for score, row in zip(found["scores"][mine].tolist(), ious):
-            thing, ignored = None, False
+            match, ignored = None, False
             if len(row) and row.max() >= threshold:
                 n = int(row.argmax())
-                thing, ignored = (image, n), bool(difficult[n])
-            candidates.append((score, thing, ignored))
+                match, ignored = (image, n), bool(difficult[n])
+            candidates.append((score, match, ignored))
     if not positives:
         return None
     candidates.sort(key=itemgetter(0), reverse=True)
-    hits, taken = [], {None}  # what is of no object is wrong, as what is of one found before
-    for _, thing, ignored in candidates:
+    hits, taken = [], {None}  # wrong if it matches no object (None), or one already found
+    for _, match, ignored in candidates:
         if not ignored:
-            hits.append(int(thing not in taken))
-            taken.add(thing)
+            hits.append(int(match not in taken))
+            taken.add(match)
     true_positives = torch.tensor(hits, dtype=torch.float64).cumsum(0)
     recall = true_positives / positives
     precision = true_positives / torch.arange(1, len(hits) + 1)
@@ -316,17 +317,18 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
     world = dist.get_world_size()
     batch = min(args.batch_size, len(train_set) // world * world)
     stop = math.ceil(epochs * len(train_set) / batch)
+    tests = {math.ceil(stop * n / 10) for n in range(1, 11)}
     best = data.Best(model)
     best.offer(start_map)
     start = run.resume(key, model=model, optimizer=optimizer, best=best)
 
-    ddp, tests = DistributedDataParallel(model), {math.ceil(stop * n / 10) for n in range(1, 11)}
+    ddp = DistributedDataParallel(model)
     batches = data.train_batches(len(train_set), batch, args.seed, start, stop)
     transform = objects_transform(train=True)
     loader = data.load_batches(train_set, transform, batches, device, args.workers, skip=True,
                                collate=list)
     model.train()
-    for step, items in run.steps(loader, stop, batch, due=tests.__contains__):
+    for step, items in run.steps(loader, stop, batch, due=lambda done: done in tests):
         optimizer.param_groups[0]["lr"] = learning_rate(step, stop, peak, stop // 10)
         seed = data.derive_seed(args.seed, phase, step + 1)
         # of the scale, and of the anchors and regions that torchvision draws: each process its own
@@ -357,21 +359,21 @@ def run_phases(args: Namespace, source: Source, sets: tuple[Subset, Subset, Data
     torch.manual_seed(data.derive_seed(args.seed, "detector"))
     model = build_detector(network, len(test_set.classes), **sizes, bf16=args.bf16)
     model = model.to(device, memory_format=torch.channels_last)
-    before = None
+    held_map = None
     for phase in ("frozen", "finetuned"):
         key = f"{source.name}/{phase}"
         if key in run.done:
-            before = run.done[key]["held_out_map"]
+            held_map = run.done[key]["held_out_map"]
             if key in run.solution:
                 model.load_state_dict(run.solution[key])
             continue
         began, weights = time.time(), copy.deepcopy(network.state_dict())
-        before = fit(args, phase, model, train_set, held_out, device, run, key, before)
+        held_map = fit(args, phase, model, train_set, held_out, device, run, key, held_map)
         if phase == "frozen":
-            torch.testing.assert_close(network.state_dict(), weights, rtol=0, atol=0)  # Sec. 2.2
+            torch.testing.assert_close(network.state_dict(), weights, rtol=0, atol=0)  # fixed
         detections, truths = detect_all(model, test_set, device, args.workers)
         result = dict(encoder=source.name, arch=source.arch, phase=phase, seed=args.seed,
-                      held_out_map=before, seconds=round(time.time() - began, 1),
+                      held_out_map=held_map, seconds=round(time.time() - began, 1),
                       **average_precisions(detections, truths, test_set.classes))
         if run.is_main:
             write_voc(run.folder / key, detections, test_set)
@@ -478,16 +480,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = data.make_parser(__doc__, out="runs/detect")
     add = parser.add_argument
     add("--data", default="voc", help="folder with VOCdevkit/VOC2007; voc2007: downloaded; shapes")
-    add("--tiny", action="store_true", help="the CPU scale, on shapes: a narrow conv5")
+    add("--tiny", action="store_true", help="the CPU scale, on shapes; implied by an encoder of it")
     add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help=ENCODERS)
     add("--detect", metavar="IMAGE", help="draw what the run in --out finds, train nothing")
     # Sec. 2.2: color-dropping and scale-augmentation, which is around --side
     add("--side", type=number(32, 1e4, int), default=480, help="shorter side of images, pixels")
     add("--color-drop", type=SHARE, default=0.5, help="probability for an image")  # ours
     add("--proposals", type=number(1, 1e4, int), default=300, help="of a test image")  # Ren 2015
-    add("--regions", type=number(4, 1e4, int), default=128, help="of a training image")  # Girshick
+    add("--regions", type=number(4, 1e4, int), default=128, help="of a training image")  # ours
     # ours: the paper states nothing of the optimisation
-    # differs: Sec. 2.2 stops early and trains on "the entire PASCAL-2007 dataset": not on these
+    # differs: the paper trains on all 5,011 images and does not say which stop the training
     add("--held-out", type=number(0, 0.5), default=0.1, help="share, to stop by, or 0")
     add("--epochs", type=number(1e-3, 1e6), default=30, help="with the trunk frozen")
     add("--finetune-epochs", type=number(1e-3, 1e6), default=30, help="of everything")

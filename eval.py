@@ -134,8 +134,8 @@ def augmentation(row: Source, args: Namespace) -> tuple[v2.Compose, dict]:
     trained, crop = row.file["trained"], row.file["crop"]
     if args.head == "linear" and trained:
         # Sec. 2.2, linear classification: "the same data-augmentation as in the unsupervised
-        # learning phase", from the encoder's file; colour dropping and area come from the
-        # flags; their defaults are those of the first encoder file
+        # learning phase", which distorts no colours; from the encoder's file, but for colour
+        # dropping and area: they are flags, whose defaults are the first file's
         patches = dict(color_drop=args.color_drop, jitter=trained["jitter"], flip=trained["flip"])
         return data.image_transform(trained["image_aug"], crop, args.min_area), patches
     grey = trained.get("image_aug") == "v1"
@@ -202,8 +202,8 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 def variant(recipe: dict, seed: int) -> dict:
     """Random draws from A.4's ranges, around a recipe: lr {0.05, 0.1, 0.2}, the batch size or half
-    of it, weight decay logarithmically from 1e-5 to 1e-2, drop-out linearly from 0 to 1 (ours: to
-    0.9, which still learns)."""
+    of it, weight decay logarithmically from 1e-5 to 1e-2, drop-out linearly from 0 to 1 (differs:
+    to 0.9, which still learns). A.4's architectures are rows of the table."""
     rng = random.Random(seed)
     return recipe | dict(
         lr=recipe["lr"] * rng.choice((0.5, 1, 2)), weight_decay=10 ** rng.uniform(-5, -2),
@@ -251,28 +251,31 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
         start_top1: float | None = None) -> float | None:
     """Train `model` in place and return its held-out top-1 (None: no held-out images).
 
-    Early stopping (Sec. 2.2): the schedule runs to its end, held-out images are tested ten times
-    along the way, and the best of these states is restored, or the first one if its accuracy is
-    known (start_top1) and higher. Without held-out images: the last state."""
+    Early stopping (Sec. 2.2 has it for fine-tuning; ours: in the other stages too): the schedule
+    runs to its end, held-out images are tested ten times along the way, and the best of these
+    states is restored, or the first one if its accuracy is known (start_top1) and higher. Without
+    held-out images: the last state."""
     world = dist.get_world_size()
     batch = min(max(recipe["batch_size"], world), len(cell.train)) // world * world
     epochs = recipe["epochs"] * len(cell.train) / batch
     stop = math.ceil(max(epochs, recipe["min_steps"]))
     constant = isinstance(model.head, LinearProbe)  # paper: A.3 names a learning rate, no schedule
-    part = model.head if model.frozen else model  # what is trained, and saved
-    optimizer, best = make_optimizer(model, stage, recipe), data.Best(part)
+    tests = {math.ceil(stop * n / 10) for n in range(1, 11)}
+    trained = model.head if model.frozen else model
+    optimizer, best = make_optimizer(model, stage, recipe), data.Best(trained)
     best.offer(start_top1)
-    start = run.resume(key, model=part, optimizer=optimizer, best=best)
+    start = run.resume(key, model=trained, optimizer=optimizer, best=best)
 
-    ddp, tests = DistributedDataParallel(model), {math.ceil(stop * n / 10) for n in range(1, 11)}
+    ddp = DistributedDataParallel(model)
     transform, augmented = augmentation(cell.row, cell.args)
     batches = data.train_batches(len(cell.train), batch, cell.seed, start, stop)
     loader = data.load_batches(cell.train, transform, batches, cell.device, cell.args.workers,
                                skip=True)
     model.train()
-    for step, (images, labels) in run.steps(loader, stop, batch, due=tests.__contains__):
-        rate = 1.0 if constant else learning_rate(step, stop, 1.0, stop // 10)
-        optimizer.param_groups[0]["lr"] = recipe["lr"] * rate
+    for step, (images, labels) in run.steps(loader, stop, batch, due=lambda done: done in tests):
+        if not constant:
+            lr = learning_rate(step, stop, recipe["lr"], stop // 10)
+            optimizer.param_groups[0]["lr"] = lr
         patches = cell.patches(images, data.derive_seed(cell.seed, "patches", step), **augmented)
         torch.manual_seed(data.derive_seed(cell.seed, "drop-out", step + 1, dist.get_rank()))
         with torch.autocast(cell.device.type, torch.bfloat16, enabled=cell.args.bf16):
@@ -281,7 +284,7 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
         norm = data.update(loss, optimizer, model.parameters())
         run.tally(loss=loss, gradient_norm=norm)
         if step + 1 in tests:
-            average_buffers(part)
+            average_buffers(trained)
             if len(cell.held_out):
                 top1, _ = cell.accuracy(model, cell.held_out)
                 model.train()
@@ -314,7 +317,8 @@ def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
     the run has done already is not trained again."""
     args, row, model = cell.args, cell.row, build_classifier(cell, recipe["dropout"])
     # "keep the feature extractor f_theta fixed": psi* on the latents of theta*
-    stages, held_top1 = ["scratch"] if row.supervised else ["frozen"], None
+    stages = ["scratch"] if row.supervised else ["frozen"]
+    held_top1 = None
     if args.head == "resnet" and not row.supervised:
         stages.append("finetuned")
     for stage in stages:
@@ -335,7 +339,7 @@ def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
         began, weights = time.time(), copy.deepcopy(model.encoder.state_dict())
         held_top1 = fit(cell, model, recipe, stage, key, run, held_top1)
         if model.frozen:
-            # frozen means bit-identical (Sec. 2.2), batch norm's statistics included
+            # fixed means bit-identical, batch norm's statistics included
             torch.testing.assert_close(model.encoder.state_dict(), weights, rtol=0, atol=0)
         top1, top5 = (round(top, 3) for top in cell.accuracy(model, cell.test))
         result = dict(
@@ -350,7 +354,7 @@ def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
 
 def save_trunk(cell: Cell, encoder: Encoder, folder: Path) -> None:
     """What a supervised row has learned on CPC's own patches, as a file for detect.py's
-    `--encoder`: Table 3's supervised trunk, here of the same labels."""
+    `--encoder`: a supervised trunk beside CPC's (Table 3's is a ResNet-152)."""
     row = cell.row
     geometry = {name: row.file[name] for name in ("crop", "patch", "stride", "mean", "std")}
     how = dict(supervised=row.name, labels=cell.labels, image_aug="inception", color_drop=0.0,
@@ -414,8 +418,8 @@ TINY = {
     "resnet": dict(epochs=1, min_steps=60, batch_size=64, held_out=0.05, finetune_epochs=0.5,
                    finetune_lr=3e-4),
 }
-# ours: random weights need longer: 2.5 times the first stage's epochs and steps, or as long as both
-# stages together if that is more
+# ours: random weights need longer: 2.5 times CPC's first stage, or as long as its two stages
+# together, whichever is longer
 SUPERVISED_LONGER = 2.5
 
 
@@ -451,8 +455,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--finetune-lr", type=RATE, default=1e-4, help="of AdamW")
     add("--weight-decay", type=SHARE, default=1e-4, help="of all weights")
     add("--dropout", type=number(0, 0.99), default=0.2, help="before the last layer")
-    # Sec. 2.2, A.4: Inception preprocessing and color-dropping. With an encoder, crop, area and
-    # colour dropping are its own.
+    # Sec. 2.2, A.4: Inception preprocessing and color-dropping. With an encoder, crop and area are
+    # its own, for a linear probe colour dropping too.
     add("--crop", type=COUNT, default=240, help="side of the image")
     add("--min-area", type=number(1e-3, 1), default=0.08, help="of the inception crop")
     add("--color-drop", type=SHARE, default=0.5, help="for a patch; supervised rows drop none")
@@ -470,8 +474,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if file:
         trained = file["trained"]
         tiny = tiny or trained["data"] == "shapes"
-        parser.set_defaults(crop=file["crop"], data=trained["data"], min_area=trained["min_area"],
-                            color_drop=trained["color_drop"])
+        parser.set_defaults(crop=file["crop"], data=trained["data"], min_area=trained["min_area"])
+        if head == "linear":
+            parser.set_defaults(color_drop=trained["color_drop"])
         if file["arch"] in SMALL_ENCODERS:
             parser.set_defaults(**SMALL[kind])
             own = file["arch"]

@@ -1,9 +1,10 @@
 """The encoder f_theta of CPC v2, and the file it travels in.
 
-Sec. 2.1 and 4.1: every patch goes through a pre-activation bottleneck ResNet on its own and is
-mean-pooled to one vector z. Sec. 2.2 uses this network and discards "the rest": `encoder.pt` is all
-that crosses from cpc.py to eval.py and detect.py, so it says everything about itself
-(architecture, norm, patch geometry, normalisation of the inputs, how it was trained).
+Sec. 2.1 and 4.1: every patch goes through a bottleneck ResNet on its own and is mean-pooled to one
+vector z (ours: with pre-activation, as A.4's baselines have it). Sec. 2.2 uses this network and
+discards "the rest": `encoder.pt` is all that crosses from cpc.py to eval.py and detect.py, so it
+says everything about itself: architecture, norm, patch geometry, normalisation of the inputs, and
+how it was trained, from which eval.py takes its defaults.
 
 Shapes: N patches or images, B batch, G grid side, P patch side, D channels of the last stack.
 """
@@ -35,8 +36,8 @@ ARCHITECTURES = {
     "resnet101": ((3, 4, 23, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
     "resnet152": ((3, 8, 36, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
     # ours: `tiny` is for the tests and `--tiny`, on a CPU; the others, for photos of a hundred
-    # pixels, have a million parameters or less. `medium` sees half the paper's pixels at half its
-    # stride: patches of 40 at stride 8 end on the 5x5 maps of the paper's 80 at 16.
+    # pixels, have a million parameters or less. `medium` is for patches of 40 pixels: its stem
+    # halves them where the paper's quarters 80, so that they too end as maps of 5x5.
     "medium": ((1, 2, 2), (128, 256, 512), (64, 96, 128), "3x3/2"),
     "shallow": ((1, 1, 1), (128, 256, 512), (64, 128, 128), "7x7"),
     "small": ((2, 2, 2), (128, 256, 512), (32, 64, 128), "3x3"),
@@ -71,7 +72,7 @@ class LayerNorm(nn.Module):
             return F.layer_norm(x, shape, weight, bias).permute(0, 3, 1, 2)
 
 
-# paper: Sec. 4.1, "Layer normalization", compares the three, in front of every ReLU
+# paper: Sec. 4.1, "Layer normalization", compares the three
 NORMS = {"layer": LayerNorm, "batch": nn.BatchNorm2d, "none": nn.Identity}
 
 
@@ -162,7 +163,8 @@ class Encoder(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:
-        """Fully convolutional: [N, 3, H, W] -> [N, D, H / stride, W / stride] (rounded up)."""
+        """Fully convolutional: [N, 3, H, W] -> [N, D, H / stride, W / stride] (rounded up). Layer
+        norm then has the statistics of all that it is given: a patch, or a whole image."""
         x = images.contiguous(memory_format=torch.channels_last)
         x = self.pool(self.conv1(x))
         recompute = self.checkpointing
@@ -308,9 +310,9 @@ def find_encoders(names: list[str], last: str = "layer4") -> list[Source]:
             _, model, *weights = name.split(":", 2)
             if model not in models.list_models(models, include="resnet*"):
                 raise SystemExit(f"--encoder {name}: torchvision has no such ResNet")
+            network = model, None, last
             trained = TorchvisionResNet(model, weights[0], last).state_dict() if weights else None
-            sources.append(Source("torchvision", name.removeprefix("torchvision:"),
-                                  TorchvisionResNet, (model, None, last), trained))
+            sources.append(Source("torchvision", model, TorchvisionResNet, network, trained))
         else:
             encoder, file = load_encoder(name)
             kind = file["trained"].get("supervised", "cpc")

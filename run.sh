@@ -99,7 +99,8 @@ paper() {
     add "# Table 1: pre-training (Sec. 4.1) and linear classification (A.3)"
     add $launch cpc.py --data $data --out runs/v2
     add $launch eval.py $v2 --out runs/v2-linear
-    add "# Fig. 1, Table 5: efficient classification (Sec. 4.2), and from pixels (A.4), tuned alike"
+    add "# Fig. 1, Table 5: efficient classification (Sec. 4.2), and from pixels (A.4), with as many"
+    add "# recipes; of the three networks the best by held-out images counts"
     add $launch eval.py $v2 --labels $labels --sweep 8 --out runs/v2-labels
     add $launch eval.py --data $data --head none --supervised resnet50 resnet101 resnet152 \
         --labels $labels --sweep 8 --out runs/supervised
@@ -111,7 +112,9 @@ paper() {
     add $launch cpc.py --data $data --preset v1 --out runs/v1
     add $launch eval.py --data $data --encoder runs/v1/encoder.pt --out runs/v1-linear
     add "# Table 3: detection on VOC 2007 (Sec. 4.3), downloaded, or VOC=DIR"
-    add $launch detect.py --data $voc --encoder runs/v2/encoder.pt random --out runs/v2-voc
+    add "# and CPC's encoder trained with labels, above, where the paper has a ResNet-152"
+    add $launch detect.py --data $voc --encoder runs/v2/encoder.pt random \
+        runs/patched/patched-1-seed-0.pt --out runs/v2-voc
     add "# Fig. 3 and 4: one change from v2 at a time"
     variant norm-batch --norm batch
     variant norm-none --norm none

@@ -804,8 +804,9 @@ def test_two_encoders_are_two_rows_and_a_baseline_depends_on_none(encoder_file, 
     assert (third.name, third.arch) == ("random", "tiny")  # of the file before it
     untrained = parse_eval("--encoder", other, "random", encoder_file, "random").sources
     assert [source.name for source in untrained] == ["cpc-0", "random-1", "cpc-2", "random-3"]
-    named = parse_eval("--encoder", other, "--supervised", "--head", "none")  # its own architecture, data, scale
-    assert (named.head, named.encoder, named.supervised) == ("none", [str(other)], ["tiny"])
+    named = parse_eval("--encoder", other, "--supervised", "--head", "none")
+    assert (named.head, named.encoder) == ("none", [str(other)])
+    assert named.supervised == ["tiny"]  # its own architecture, data, scale
     assert named.data == "shapes" and named.min_steps == 60
     monkeypatch.chdir(tmp_path)
     flags = ["--head", "none", "--supervised", "resnet50"]
@@ -1687,7 +1688,7 @@ PIXELS = ["--tiny", "--head", "none", "--supervised"]
     ("eval.py", ["--tiny", "--head", "none", "--supervised", "vgg"], "--supervised vgg is none of"),
     ("eval.py", ["--tiny", "--head", "none"], "--head none leaves nothing to train"),
     ("eval.py", ["--tiny", "--supervised", "--labels", "0", "--head", "none"], "0 is not between"),
-    ("eval.py", ["--tiny", "--labels", "1", "--sweep", "4", "--held-out", "0"], "no encoder at runs/cpc"),
+    ("eval.py", ["--tiny", "--labels", "1", "--sweep", "4"], "no encoder at runs/cpc"),
     ("eval.py", [*PIXELS, "--sweep", "4", "--held-out", "0"], "--sweep needs"),
     ("eval.py", [*PIXELS, "patched"], "beside an encoder.pt in --encoder"),
     ("eval.py", ["--tiny", "--encoder", "torchvision:vit_b_16"], "torchvision has no such ResNet"),
