@@ -195,7 +195,7 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     chance = math.log(args.batch_size * G**2)  # the loss of guessing among all patches of a batch
     # batch norm's statistics are each process's (Sec. 4.1's comparison), all else is the batch's
     processes = dist.get_world_size() if args.norm == "batch" else "any"
-    run = data.Run(args, images=data.summary_of(dataset), processes=processes)
+    run = data.Run(args, data.names_of(dataset), processes=processes)
     parts = {"model": model, "optimizer": optimizer}
     if args.average:  # ours: of the encoder alone: the rest is discarded after training
         parts["average"] = copy.deepcopy(model.encoder)
@@ -210,11 +210,10 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     transform = data.image_transform(args.image_aug, args.crop, args.min_area)
     batches = data.train_batches(len(dataset), args.batch_size, args.seed, start, stop)
-    loader = data.load_batches(dataset, transform, batches, device, args.workers, skip=True)
+    loader = data.load_batches(dataset, transform, batches, args.workers, skip=True)
     model.train()
-    for step, (images, _) in run.steps(
-            loader, stop, args.batch_size, due=lambda done: done % steps_per_epoch == 0,
-            hint=f"(chance {chance:.2f}, {math.exp(-chance):.4f})"):
+    for step, (images, _) in run.steps(loader, stop, args.batch_size,
+                                       due=lambda done: done % steps_per_epoch == 0):
         patches = make_patches(images, args, device, step)
         if step == 0 and run.is_main:
             save_patches(patches, run.folder / "patches.png")
@@ -229,11 +228,9 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
         run.note(epoch=(step + 1) // steps_per_epoch, chance_loss=chance, lr=lr)
 
     if run.is_main:
-        geometry = dict(crop=args.crop, patch=args.patch, stride=args.stride,
-                        mean=data.MEAN, std=data.STD)
-        trained = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
-        save_encoder(run.folder / "encoder.pt", parts.get("average", model.encoder),
-                     geometry, trained | {"steps": stop})
+        described = dict(crop=args.crop, patch=args.patch, stride=args.stride, mean=data.MEAN,
+                         std=data.STD, trained=run.flags | dict(data=args.data, steps=stop))
+        save_encoder(run.folder / "encoder.pt", parts.get("average", model.encoder), described)
         save_retrieval(model, dataset, args, device, run.folder / "retrieval.png")
         print(f"wrote {run.folder}/encoder.pt, patches.png, retrieval.png, log.jsonl")
 
@@ -298,7 +295,7 @@ def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimi
     batches = data.train_batches(len(dataset), args.batch_size, args.seed, 0, N + 2)
     transform = data.image_transform(args.image_aug, args.crop, args.min_area)
     begin = time.perf_counter()  # the start of the workers included: what they prefetch costs
-    for images, _ in data.load_batches(dataset, transform, batches, device, args.workers):
+    for images, _ in data.load_batches(dataset, transform, batches, args.workers):
         pass  # keeps the last
     loading = (time.perf_counter() - begin) / (N + 2)
 
@@ -381,8 +378,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--average", type=number(0, 1 - 1e-7), default=0.9999, help="the encoder's decay, 0: none")
     # how it runs
     # ours: 128 images of ResNet-161 on a GPU take 56 GiB with recomputed activations, 127 without
-    add("--checkpointing", action=BooleanOptionalAction, help="recompute activations (default: for "
-        "4096 channels on a GPU)")
+    add("--checkpointing", action=BooleanOptionalAction, help="recompute (default: 4096 channels)")
     add("--compile", action="store_true", help="torch.compile the blocks: slower on a CPU")
     add("--benchmark", type=COUNT, metavar="N", help="time N steps, train nothing")
 
@@ -421,12 +417,9 @@ def main(args: Namespace) -> None:
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.8, 0.999), fused=True)  # ours
 
     if dist.get_rank() == 0:
-        millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (encoder, model)]
-        precision = "bfloat16" if args.bf16 else "float32"
-        print(f"{args.arch}, {args.norm} norm: {millions[0]:.1f} M parameters; with context "
-              f"networks and predictors {millions[1]:.1f} M")
-        print(f"{len(dataset)} images, patches of {args.patch} pixels; {args.batch_size} images a "
-              f"step on {dist.get_world_size()} x {device.type} in {precision}")
+        millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+        print(f"{args.arch}: {millions:.1f} M parameters; {len(dataset)} images, {args.batch_size} "
+              f"a step on {dist.get_world_size()} x {device.type}, bfloat16: {args.bf16}")
     job = benchmark if args.benchmark else train
     job(args, device, dataset, model, optimizer)
 

@@ -107,8 +107,7 @@ def augment_patches(images: Tensor, patch: int, stride: int, generator: torch.Ge
     images: normalised, float32 [B, 3, S, S], this process's share of a batch; generator: on their
     device; color_drop, flip: probability for a patch; jitter: whether to shift patches at random.
     Returns new patches [B, G, G, 3, P, P]."""
-    B, _, S, _ = images.shape
-    G = grid_side(S, patch, stride)
+    B, G = len(images), grid_side(images.shape[-1], patch, stride)
     rank, world = dist.get_rank(), dist.get_world_size()
 
     def uniform() -> Tensor:
@@ -117,17 +116,16 @@ def augment_patches(images: Tensor, patch: int, stride: int, generator: torch.Ge
         numbers = torch.rand(B * world, G, G, generator=generator, device=images.device)
         return numbers[rank::world]  # [B, G, G]
 
-    rows = cols = torch.arange(patch, device=images.device).expand(B, G, G, patch)  # of the patch
+    rows = cols = torch.arange(patch, device=images.device).expand(B, G, G, patch)
     if jitter:
         rows, cols = (jittered(patch, uniform()) for _ in range(2))
     if flip:  # paper: "randomly flip patches horizontally"
         flipped = uniform() < flip
         cols = torch.where(flipped[..., None], cols.flip(-1), cols)
-    corner = stride * torch.arange(G, device=images.device)
-    rows, cols = rows + corner[:, None, None], cols + corner[:, None]  # of the image
-    pixels = S * rows[..., :, None] + cols[..., None, :]  # [B, G, G, P, P]
-    taken = images.flatten(2).gather(2, pixels.flatten(1)[:, None].expand(-1, 3, -1))
-    patches = taken.view(B, 3, *pixels.shape[1:]).permute(0, 2, 3, 1, 4, 5)  # [B, G, G, 3, P, P]
+    patches = extract_patches(images, patch, stride)  # [B, G, G, 3, P, P]
+    pixels = (patch * rows[..., :, None] + cols[..., None, :]).flatten(3)  # [B, G, G, P*P]
+    taken = patches.flatten(4).gather(4, pixels[..., None, :].expand(-1, -1, -1, 3, -1))
+    patches = taken.view(patches.shape)
     if color_drop:
         dropped, keep = uniform() < color_drop, (3 * uniform()).long()
         # ours: one sheet of noise serves the whole batch: it tells no patch from another
@@ -288,17 +286,12 @@ class Shapes(Dataset):
         return masks_to_boxes(present) + torch.tensor([0.0, 0.0, 1.0, 1.0])
 
 
-class Unreadable(Exception):
-    """An image file that cannot be decoded: one line."""
-
-
 def read_image(path: str) -> Image.Image:
-    """An image file in RGB, as torchvision reads it; Unreadable, with the path, if it cannot."""
+    """An image file in RGB, as torchvision reads it; OSError, with the path, if it cannot."""
     try:
         return datasets.folder.default_loader(path)
     except Exception as error:  # image decoders have no common base class
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise Unreadable(f"{path} cannot be read: {reason}")
+        raise OSError(f"{path} cannot be read: {error!r}")
 
 
 class Unlabelled(datasets.ImageFolder):
@@ -325,14 +318,13 @@ def load_dataset(data: str, split: str, size: int) -> Dataset:
     if data == "shapes":
         return Shapes("train" if train else "test", size)
     if data == "cifar10":
-        return download(data, lambda fetch: datasets.CIFAR10(DOWNLOADS, train, download=fetch))
+        return download(datasets.CIFAR10, DOWNLOADS, train)
     if data == "stl10":
-        stl_split = {"pretrain": "unlabeled"}.get(split, split)
-        stl = download(data, lambda fetch: datasets.STL10(DOWNLOADS, stl_split, download=fetch))
+        stl = download(datasets.STL10, DOWNLOADS, "unlabeled" if split == "pretrain" else split)
         stl.targets = stl.labels.tolist()  # as the others call them
         return stl
     if data == "imagenette":
-        download(data, lambda fetch: datasets.Imagenette(DOWNLOADS, download=fetch))
+        download(datasets.Imagenette, DOWNLOADS)
         data = DOWNLOADS / "imagenette2"
     return from_first(lambda: list_folder(Path(data), split))
 
@@ -352,17 +344,12 @@ def list_folder(root: Path, split: str) -> Dataset:
                          f"val/ (or test/): {error}")
 
 
-def download(name: str, make: Callable[[bool], Dataset]) -> Dataset:
-    """The first process of each node calls make(True), which downloads; then every process returns
-    make(False), which reads."""
-    try:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            make(True)
-        dist.barrier()
-        return make(False)
-    except (OSError, RuntimeError) as error:
-        line = str(error).splitlines()[0]
-        raise SystemExit(f"cannot download {name} to {DOWNLOADS}/: {line}")
+def download(dataset: Callable[..., Dataset], *arguments) -> Dataset:
+    """One of torchvision's: the first process of each node downloads it, then all read it."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        dataset(*arguments, download=True)
+    dist.barrier()
+    return dataset(*arguments)
 
 
 def names_of(dataset: Dataset) -> list[str]:
@@ -370,12 +357,6 @@ def names_of(dataset: Dataset) -> list[str]:
     if not isinstance(dataset, datasets.ImageFolder):
         return [f"{i:05d}" for i in range(len(dataset))]
     return [path.removeprefix(f"{dataset.root}{os.sep}") for path, _ in dataset.samples]
-
-
-def summary_of(dataset: Dataset) -> list:
-    """What identifies images when a run is continued, wherever they lie: how many, first, last."""
-    names = names_of(dataset)
-    return [len(names), names[0], names[-1]]
 
 
 # ---- Labels --------------------------------------------------------------------------------------
@@ -403,17 +384,14 @@ def label_subset(targets: list[int], fraction: float, seed: int,
 
 def read_subset(path: str, dataset: Dataset) -> list[int]:
     """The indices of the images that a list names, one a line: CLASS/NAME, or NAME as in the
-    published lists of ImageNet subsets (S4L, SimCLR). Exits with one line on a missing file or on
-    a name that no image of the data set has, or more than one."""
-    try:
-        lines = os.fsdecode(Path(path).read_bytes()).split("\n")
-    except OSError as error:
-        raise SystemExit(f"cannot read --subset {path}: {error.strerror}")
+    published lists of ImageNet subsets (S4L, SimCLR). Exits with one line on a name that no image
+    of the data set has, or more than one."""
     names = names_of(dataset)
     short = [name.rpartition("/")[2] for name in names]
     index = {name: i for i, name in enumerate(names)}
     if len(set(short)) == len(short):
         index |= {name: i for i, name in enumerate(short)}
+    lines = Path(path).read_text("utf-8", "surrogateescape").split("\n")
     wanted = [line.strip() for line in lines if line.strip()]
     unknown = [name for name in wanted if name not in index]
     if unknown or not wanted:
@@ -455,7 +433,7 @@ class Seeded(Dataset):
     def _read(self, index: int) -> tuple:
         try:
             return self.dataset[index]
-        except Unreadable as error:
+        except OSError as error:
             new = not self.named[index]
             self.named[index] = True
             if not self.skip or self.named.sum() > max(3, 0.01 * len(self.dataset)):
@@ -506,27 +484,21 @@ def end_workers() -> None:
         worker.kill()
 
 
-def load_batches(dataset: Dataset, transform: v2.Transform, batches: Iterator, device: torch.device,
-                 workers: int | None = None, skip: bool = False,
-                 collate: Callable | None = None) -> Iterator:
+def load_batches(dataset: Dataset, transform: v2.Transform, batches: Iterator,
+                 workers: int | None = None, skip: bool = False, collate: Callable | None = None):
     """Batches of (images uint8 [B, 3, S, S], labels int64 [B]), or as `collate` makes them.
     workers: None leaves one core of this rank's share for the training step; 0 loads here; skip:
-    as in `Seeded`. Exits with one line on an image that cannot be read."""
+    as in `Seeded`."""
     if workers is None:
-        affinity = getattr(os, "sched_getaffinity", None)  # which macOS has not
-        cores = len(affinity(0)) if affinity else os.cpu_count()
+        # macOS has no affinity
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         workers = max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     images = Seeded(dataset, transform, skip)
     # ours: forked on Linux (no default since Python 3.14): workers share the list of paths
     fork = "fork" if sys.platform == "linux" else None
-    try:
-        yield from DataLoader(images, batch_sampler=batches, num_workers=workers,
-                              collate_fn=collate, pin_memory=device.type == "cuda",
-                              worker_init_fn=ignore_signals,
-                              multiprocessing_context=fork if workers else None)
-    except Unreadable as error:  # a worker's has its traceback in front
-        end_workers()
-        raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("data.Unreadable: "))
+    return DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,
+                      multiprocessing_context=fork if workers else None)
 
 
 # ---- Processes -----------------------------------------------------------------------------------
@@ -536,11 +508,8 @@ def start_process(args: argparse.Namespace) -> torch.device:
     """Join torchrun's process group, or make a world of one; this rank's device. Decides on
     args.bf16 where it is None, and exits with one line if the batch does not divide."""
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise SystemExit(f"process {local + 1} of this node finds {torch.cuda.device_count()} "
-                             f"GPUs: lower --nproc_per_node")
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -621,15 +590,16 @@ class Run:
     MAY_DIFFER = {"data", "out", "encoder", "subset", "workers", "checkpointing", "compile",
                   "save_every"}
 
-    def __init__(self, args: argparse.Namespace, **facts):
-        """facts: what else must be the same for a run to be continued (its images, its encoder).
+    def __init__(self, args: argparse.Namespace, names: list[str], **facts):
+        """names: of its images, wherever they lie; facts: what else must be the same (its encoder).
 
         A continued run finds here again the results that are `done`, and the `solution` that the
         next training starts from. Exits with one line if the folder holds another run, is
         in use, or cannot be written."""
         self.folder, self.is_main = Path(args.out), dist.get_rank() == 0
-        flags = {k: v for k, v in vars(args).items() if k not in self.MAY_DIFFER}
-        self.identity, self.lines = flags | facts, []
+        self.flags = {k: v for k, v in vars(args).items() if k not in self.MAY_DIFFER}
+        facts["images"] = [len(names), names[0], names[-1]]
+        self.identity, self.lines = self.flags | facts, []
         self.done, self.solution, self.unfinished, self.label = {}, {}, None, None
         self.save_seconds, self.saved_at = 60 * args.save_every, time.monotonic()
         self.signal = 0
@@ -658,14 +628,12 @@ class Run:
 
     def _open(self) -> bool:
         """Take the folder, on the first process: whether there is a checkpoint in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.folder / "log.jsonl", "a")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / "log.jsonl", "a")
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"another run is writing to {self.folder}: pass another --out")
-        except OSError as error:
-            raise SystemExit(f"cannot use --out {self.folder}: {error.strerror}")
         there = (self.folder / "checkpoint.pt").exists()
         # the log was opened at its end
         if not there and (self.file.tell() or (self.folder / "encoder.pt").exists()):
@@ -681,13 +649,13 @@ class Run:
             self.file.flush()
 
     def save(self) -> None:
-        """Replace the checkpoint. All ranks call it together, for the sums are reduced;
-        Diverged if one of them is not finite."""
+        """Replace the checkpoint; Diverged if what was tallied is not finite."""
         training = None
         if self.label:
+            self._means()
             parts = {name: part.state_dict() for name, part in self.parts.items()}
-            training = dict(label=self.label, step=self.step, parts=parts, sums=self._reduced(),
-                            count=self.count)
+            training = dict(label=self.label, step=self.step, parts=parts, sums=self.sums,
+                            count=self.count, best=self.best)
         self.saved_at = time.monotonic()
         if self.is_main:
             save_file(dict(kind="checkpoint", identity=self.identity, done=self.done,
@@ -707,63 +675,73 @@ class Run:
         label: its name in the log; parts: all that training changes (model, optimizer), with
         `state_dict` and `load_state_dict`: saved with every checkpoint of this training."""
         self.label, self.parts, self.step = label, parts, 0
-        self.sums, self.count, self.notes = {}, 0, {}
+        self.sums, self.count, self.notes, self.best = {}, 0, {}, None
         saved, self.unfinished = self.unfinished, None
         if saved and saved["label"] == label:
-            self.step, self.count = saved["step"], saved["count"]
-            if self.is_main:  # saved were means over processes: the others start at zero
-                self.sums = {k: v * dist.get_world_size() for k, v in saved["sums"].items()}
+            self.step, self.best = saved["step"], saved["best"]
+            self.sums, self.count = saved["sums"], saved["count"]
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
         return self.step
 
     def tally(self, **values: Tensor) -> None:
-        """Values of this process and step, averaged until the next line of the log."""
-        self.latest = {name: value.detach().double() for name, value in values.items()}
-        for name, value in self.latest.items():
+        """Values of this step, averaged over processes, and until the next line of the log."""
+        mean = torch.stack([value.detach().double() for value in values.values()])
+        dist.all_reduce(mean.div_(dist.get_world_size()))
+        for name, value in zip(values, mean):
             self.sums[name] = value + self.sums.get(name, 0)
         self.count += 1
+
+    def offer(self, score: float | None, module: nn.Module) -> None:
+        """Early stopping (Sec. 2.2, for fine-tuning; ours: in every stage): keep a module's state
+        if its score on held-out images, None if unknown, is this training's best so far."""
+        if score is not None and (self.best is None or score > self.best["score"]):
+            self.best = dict(score=score, state=copy.deepcopy(module.state_dict()))
+
+    def restore(self, module: nn.Module) -> float | None:
+        """Put a module back into the best state that was offered; its score. Without, None."""
+        if self.best is None:
+            return None
+        module.load_state_dict(self.best["state"])
+        return self.best["score"]
 
     def note(self, **fields) -> None:
         """Fields of the next line of the log, as they are, not averaged."""
         self.notes |= fields
 
-    def _reduced(self) -> dict[str, Tensor]:
-        """The sums' mean over processes; the sums stay as they are, so that a save never changes
-        what is logged. Raises Diverged if one is not finite: then nothing is saved."""
-        if not self.count:
-            return {}
-        values = torch.stack(list(self.sums.values()))
-        dist.all_reduce(values)
-        reduced = dict(zip(self.sums, values / dist.get_world_size()))
-        if not values.isfinite().all():
-            means = {k: v.item() / self.count for k, v in reduced.items()}
+    def _means(self) -> dict[str, float]:
+        """What the next line of the log says. Diverged if it is not finite: nothing is saved."""
+        means = {name: value.item() / self.count for name, value in self.sums.items()}
+        if not all(map(math.isfinite, means.values())):
             raise Diverged(f"not finite: {means}, {self.notes}: lower --lr, in another --out; "
                            f"the last checkpoint is kept" if self.is_main else 1)
-        return reduced
+        return means
 
-    def steps(self, batches: Iterator, stop: int, images: int, due: Callable,
-              hint: str = "") -> Iterator:
+    def steps(self, batches: Iterator, stop: int, images: int, due: Callable) -> Iterator:
         """(step, batch) for a training loop, whose body calls `tally`, from where `resume` has it.
 
         images: in a step, of all processes; due(done): whether a line of the log and a checkpoint
-        are due after so many steps; hint: shown beside the bar. Saves every `--save-every` minutes
-        too. After SIGTERM or SIGINT it saves at the end of the step and leaves with the
-        conventional exit code."""
+        are due after so many steps. Saves every `--save-every` minutes too. After SIGTERM or SIGINT
+        it saves at the end of the step and leaves with the conventional exit code."""
         bar = tqdm(batches, self.label, stop, initial=self.step, disable=not self.is_main,
                    mininterval=1, unit=" images", unit_scale=images)
-        self.clock, self.clock_step = time.monotonic(), self.step
+        clock, logged = time.monotonic(), self.step
         try:
             for step, batch in enumerate(bar, self.step):
                 yield step, batch
                 self.step = done = step + 1
                 if step % 20 == 0:  # reading a value waits for a GPU
-                    shown = ", ".join(f"{k} {v.item():.4g}" for k, v in self.latest.items())
-                    bar.set_postfix_str(f"{shown} {hint}", refresh=False)
-                    self._reduced()
+                    shown = (self._means() | self.notes).items()
+                    bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in shown), False)
                 caught, late = self._agree()
                 if due(done):
-                    self._log_means(images)
+                    means = {name: float(f"{mean:.7g}") for name, mean in self._means().items()}
+                    seconds = time.monotonic() - clock
+                    self.log("train", fit=self.label, step=done, **means, **self.notes,
+                             seconds=round(seconds, 3),
+                             images_per_second=round((done - logged) * images / seconds, 1))
+                    self.sums, self.count, self.notes = {}, 0, {}
+                    clock, logged = time.monotonic(), done
                 if due(done) or caught or late:
                     self.save()
                 if caught:
@@ -774,15 +752,6 @@ class Run:
         caught, _ = self._agree()  # or one that came during the last save
         if caught:
             self._leave(caught)
-
-    def _log_means(self, images: int) -> None:
-        seconds = time.monotonic() - self.clock
-        means = {k: float(f"{v.item() / self.count:.7g}") for k, v in self._reduced().items()}
-        speed = (self.step - self.clock_step) * images / seconds
-        self.log("train", fit=self.label, step=self.step, **means, **self.notes,
-                 seconds=round(seconds, 3), images_per_second=round(speed, 1))
-        self.sums, self.count, self.notes = {}, 0, {}
-        self.clock, self.clock_step = time.monotonic(), self.step
 
     def _agree(self) -> tuple[int, int]:
         """Over all processes: the signal that one has caught; does rank 0's clock ask to save?"""
@@ -805,32 +774,6 @@ class Run:
         raise SystemExit(128 + number)
 
 
-class Best:
-    """Early stopping (Sec. 2.2, for fine-tuning; ours: in every stage): the best state of a module,
-    by a score on held-out images."""
-
-    def __init__(self, module: nn.Module):
-        self.module, self.score, self.state = module, None, None
-
-    def offer(self, score: float | None) -> None:
-        """Keep the state that the module is in, if its score is known and the highest so far."""
-        if score is not None and (self.score is None or score > self.score):
-            self.score, self.state = score, copy.deepcopy(self.module.state_dict())
-
-    def restore(self) -> float | None:
-        """Put the module back into its best state; that state's score. None, and the module stays
-        as it is, if there is no score."""
-        if self.state:
-            self.module.load_state_dict(self.state)
-        return self.score
-
-    def state_dict(self) -> dict:
-        return dict(score=self.score, state=self.state)
-
-    def load_state_dict(self, saved: dict) -> None:
-        self.score, self.state = saved["score"], saved["state"]
-
-
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """ours: linear warm-up, then half a cosine down to zero."""
     if step < warmup:
@@ -850,11 +793,8 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterator,
 
 
 def fingerprints(names: list[str]) -> list:
-    """A file counts by its content (also torchvision:MODEL:FILE), so it may be moved; a name that
-    is no file counts as it is."""
-    paths = [name.rpartition(":")[2] for name in names]
-    return [zlib.crc32(Path(path).read_bytes()) if os.path.isfile(path) else name
-            for name, path in zip(names, paths)]
+    """A file counts by its content, so it may be moved; a name that is no file counts as it is."""
+    return [zlib.crc32(Path(name).read_bytes()) if os.path.isfile(name) else name for name in names]
 
 
 # ---- Command lines -------------------------------------------------------------------------------

@@ -137,23 +137,19 @@ def with_truth(image: Image.Image | Tensor, boxes: Tensor, labels: list[int],
                    "difficult": torch.tensor(difficult, dtype=torch.bool)}
 
 
-class ShapesObjects(Dataset):
+class ShapesObjects(data.Shapes):
     """The embedded data set: every object of an image is of the image's class."""
 
-    def __init__(self, split: str, size: int):
-        self.shapes = data.Shapes(split, size)
-        self.classes = self.shapes.classes
-        # ours: 200 test images, 600 objects, tell a few points of mAP apart
-        count = len(self.shapes) if split == "train" else 200
-        self.names = [f"{i:05d}" for i in range(count)]
+    # ours: 200 test images, 600 objects, tell a few points of mAP apart
+    LENGTH = {"train": 4000, "test": 200}
+    names = [f"{i:05d}" for i in range(4000)]
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        image, label = self.shapes[index]
-        boxes = self.shapes.boxes(index)
-        return with_truth(image, boxes, [1 + label] * len(boxes), [False] * len(boxes))
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, dict]]:
+        items = []
+        for index, (image, label) in zip(indices, super().__getitems__(indices)):
+            boxes = self.boxes(index)
+            items.append(with_truth(image, boxes, [1 + label] * len(boxes), [False] * len(boxes)))
+        return items
 
 
 class VOCObjects(datasets.VOCDetection):
@@ -169,14 +165,13 @@ class VOCObjects(datasets.VOCDetection):
         return [Path(path).stem for path in self.images]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, dict]:
-        root = ElementTree.parse(self.annotations[index]).getroot()
-        things = self.parse_voc_xml(root)["annotation"].get("object", [])
-        corners = [[float(thing["bndbox"][k]) for k in ("xmin", "ymin", "xmax", "ymax")]
+        things = ElementTree.parse(self.annotations[index]).getroot().findall("object")
+        corners = [[float(thing.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax")]
                    for thing in things]
         boxes = torch.tensor(corners).view(-1, 4) - torch.tensor([1.0, 1.0, 0.0, 0.0])
-        labels = [1 + self.classes.index(thing["name"]) for thing in things]
+        labels = [1 + self.classes.index(thing.findtext("name")) for thing in things]
         # ours: difficult objects are trained on, too (the paper is silent), and ignored in tests
-        difficult = [thing.get("difficult") == "1" for thing in things]
+        difficult = [thing.findtext("difficult") == "1" for thing in things]
         return with_truth(data.read_image(self.images[index]), boxes, labels, difficult)
 
 
@@ -188,28 +183,21 @@ def load_objects(name: str, split: str, size: int) -> ShapesObjects | VOCObjects
     which = "trainval" if split == "train" else "test"
     root = data.DOWNLOADS if name == "voc2007" else Path(name)
     names = root / "VOCdevkit/VOC2007/ImageSets/Main" / f"{which}.txt"
-    if name == "voc2007":
-        # torchvision would unpack again what is there
-        data.download(name, lambda fetch: VOCObjects(
-            root, "2007", which, download=fetch and not names.is_file()))
-
-    def read() -> VOCObjects:
-        if not names.is_file():
-            raise SystemExit(f"no {names}: pass --data DIR with VOCdevkit/VOC2007 in it, or "
-                             f"--data shapes")
-        return VOCObjects(root, "2007", which)
-
-    return data.from_first(read)
+    there = data.from_first(names.is_file)
+    if name == "voc2007" and not there:  # torchvision would unpack again what is there
+        return data.download(VOCObjects, root, "2007", which)
+    if not there:
+        raise SystemExit(f"no {names}: pass --data DIR with VOCdevkit/VOC2007 in it, or "
+                         f"--data shapes")
+    return VOCObjects(root, "2007", which)
 
 
 def objects_transform(train: bool) -> v2.Compose:
-    """(image, truth) -> (uint8 tensor, truth). Scale and colours (Sec. 2.2) are drawn on the device,
-    by the detector and `prepare`. ours: mirrored half the time; boxes of less than a pixel inside
-    the image are left out."""
-    steps = []
-    if train:
-        steps = [v2.RandomHorizontalFlip(), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
-    return v2.Compose([*steps, v2.PILToTensor()])
+    """(image, truth) -> (uint8 tensor, truth). Scale and colours (Sec. 2.2) are drawn on the
+    device, by the detector and `prepare`. ours: mirrored half the time; boxes of less than a pixel
+    inside the image are left out."""
+    steps = [v2.RandomHorizontalFlip(), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
+    return v2.Compose([*(steps if train else []), v2.PILToTensor()])
 
 
 def prepare(images: list[Tensor], device: torch.device, color_drop: float = 0.0,
@@ -292,7 +280,7 @@ def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
     batches, world = data.test_batches(len(objects), 1), dist.get_world_size()
     transform = objects_transform(train=False)
     pairs = []
-    for items in data.load_batches(objects, transform, batches, device, workers, collate=list):
+    for items in data.load_batches(objects, transform, batches, workers, collate=list):
         ((image, truth),) = items
         (found,) = model(prepare([image], device))
         pairs.append([{k: v.as_subclass(Tensor).cpu() for k, v in one.items()}
@@ -318,15 +306,13 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
     batch = min(args.batch_size, len(train_set) // world * world)
     stop = math.ceil(epochs * len(train_set) / batch)
     tests = {math.ceil(stop * n / 10) for n in range(1, 11)}
-    best = data.Best(model)
-    best.offer(start_map)
-    start = run.resume(key, model=model, optimizer=optimizer, best=best)
+    start = run.resume(key, model=model, optimizer=optimizer)
+    run.offer(start_map, model)
 
     ddp = DistributedDataParallel(model)
     batches = data.train_batches(len(train_set), batch, args.seed, start, stop)
     transform = objects_transform(train=True)
-    loader = data.load_batches(train_set, transform, batches, device, args.workers, skip=True,
-                               collate=list)
+    loader = data.load_batches(train_set, transform, batches, args.workers, skip=True, collate=list)
     model.train()
     for step, items in run.steps(loader, stop, batch, due=lambda done: done in tests):
         optimizer.param_groups[0]["lr"] = learning_rate(step, stop, peak, stop // 10)
@@ -346,8 +332,8 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
             held_map = average_precisions(*found, held_out.dataset.classes)["mAP"]
             model.train()
             run.note(held_out=held_map)
-            best.offer(held_map)
-    return best.restore()
+            run.offer(held_map, model)
+    return run.restore(model)
 
 
 def run_phases(args: Namespace, source: Source, sets: tuple[Subset, Subset, Dataset],
@@ -378,9 +364,9 @@ def run_phases(args: Namespace, source: Source, sets: tuple[Subset, Subset, Data
         if run.is_main:
             write_voc(run.folder / key, detections, test_set)
             save_picture(run.folder / key / "test.png", test_set, detections)
-            described = dict(kind="detector", arch=network.arch, classes=test_set.classes,
-                             norm=getattr(network, "norm", None), sizes=sizes,
-                             stem=getattr(network, "stem", None), state=model.state_dict())
+            described = dict(kind="detector", network=source.network.__name__, sizes=sizes,
+                             arguments=source.arguments, classes=test_set.classes,
+                             state=model.state_dict())
             save_file(described, run.folder / source.name / "model.pt")
         run.finish(key, "result", result, model.state_dict() if phase == "frozen" else None)
 
@@ -449,16 +435,11 @@ def detect_one(args: Namespace) -> None:
     if not models:
         raise SystemExit(f"no detector in {args.out}: run detect.py first, or pass --out")
     saved = load_file(models[0], "detector")
-    if saved["norm"] is None:
-        encoder = TorchvisionResNet(saved["arch"], None, "layer3")
-    else:
-        encoder = Encoder(saved["arch"], saved["norm"], saved["stem"])
+    network = {"Encoder": Encoder, "TorchvisionResNet": TorchvisionResNet}[saved["network"]]
+    encoder = network(*saved["arguments"])
     model = build_detector(encoder, len(saved["classes"]), **saved["sizes"]).eval()
     model.load_state_dict(saved["state"])
-    try:
-        picture = ImageOps.exif_transpose(Image.open(args.detect)).convert("RGB")
-    except OSError as error:
-        raise SystemExit(f"cannot read {args.detect}: {error}")
+    picture = ImageOps.exif_transpose(data.read_image(args.detect))  # as a camera was held
     image = v2.functional.pil_to_tensor(picture)
     with torch.no_grad():
         (found,) = model(prepare([image], torch.device("cpu")))
@@ -499,10 +480,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--weight-decay", type=SHARE, default=1e-4, help="of all weights")
 
     early, _ = parser.parse_known_args(argv)
-    sources = [] if early.detect else find_encoders(early.encoder, "layer3")
-    file = next((source.file for source in sources if source.file), None)
-    from_shapes = file is not None and file["trained"].get("data") == "shapes"
-    if early.tiny or from_shapes:
+    sources, file = find_encoders([] if early.detect else early.encoder, stacks=3)
+    if early.tiny or (file and file["trained"]["data"] == "shapes"):
         parser.set_defaults(tiny=True, **TINY)
     args = parser.parse_args(argv)
     args.sources = sources
@@ -519,12 +498,11 @@ def main(args: Namespace) -> None:
     whole, test_set = (load_objects(args.data, split, args.side) for split in ("train", "test"))
     chosen, held = data.label_subset([0] * len(whole), 1.0, args.seed, args.held_out)
     train_set, held_out = Subset(whole, chosen), Subset(whole, held)
-    run = data.Run(args, images=[len(whole), whole.names[0], whole.names[-1]],
-                   processes=dist.get_world_size(), encoders=data.fingerprints(args.encoder))
+    run = data.Run(args, whole.names, processes=dist.get_world_size(),
+                   encoders=data.fingerprints(args.encoder))
     if run.is_main:
         print(f"{len(train_set)} training, {len(held_out)} held-out and {len(test_set)} test "
-              f"images, {len(whole.classes)} classes, shorter side {args.side}; {args.batch_size} "
-              f"images a step on {dist.get_world_size()} x {device.type}")
+              f"images, {args.batch_size} a step on {dist.get_world_size()} x {device.type}")
     for source in sources:
         run_phases(args, source, (train_set, held_out, test_set), device, run)
     if run.is_main:

@@ -9,8 +9,7 @@
 Linear: the encoder frozen, batch norm and one linear layer. Efficient (`--labels`): an 11-block
 ResNet on the frozen latents, then both fine-tuned from that solution. Supervised: the same labels
 and held-out images, from pixels. A `result` line in log.jsonl for each, then a table. The defaults
-below are the paper's scale; a linear probe, a small encoder and --tiny have others (PROBE, SMALL,
-TINY in the code).
+below are the paper's scale; a linear probe, a small encoder and --tiny have others (RECIPES).
 
 Results: assets/results.md; at the paper's scale not yet measured.
 
@@ -25,7 +24,6 @@ import time
 from argparse import BooleanOptionalAction, Namespace
 from dataclasses import dataclass
 from operator import itemgetter
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -79,12 +77,8 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: nn.Module, head: nn.Module, frozen: bool):
         super().__init__()
-        self.encoder, self.head = encoder, head
-        self.freeze(frozen)
-
-    def freeze(self, frozen: bool) -> None:
-        self.frozen = frozen
-        self.encoder.requires_grad_(not frozen)
+        self.encoder, self.head, self.frozen = encoder, head, frozen
+        encoder.requires_grad_(not frozen)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -103,11 +97,10 @@ class Classifier(nn.Module):
 # ---- Rows of the table: feature extractors f_theta -----------------------------------------------
 
 
-def find_rows(args: Namespace, sources: list[Source]) -> list[Source]:
+def find_rows(args: Namespace, sources: list[Source], file: dict | None) -> list[Source]:
     """The rows that `--encoder` and `--supervised` ask for. Each one's `file` says its crop, patch
     and stride (a whole image is one patch), and how an encoder of ours was `trained`."""
     whole = dict(crop=args.crop, patch=args.crop, stride=1, trained={})
-    file = next((source.file for source in sources if source.file), None)
     rows = []
     if args.head != "none":
         rows = [source._replace(file=source.file or whole) for source in sources]
@@ -123,9 +116,8 @@ def find_rows(args: Namespace, sources: list[Source]) -> list[Source]:
             rows.append(Source(name, file["arch"], Encoder, network, supervised=True,
                                file=file | {"trained": {}}))
         else:
-            raise SystemExit(f"--supervised {name} is none of {', '.join(ARCHITECTURES)} (with "
-                             f":STEM, one of {', '.join(STEMS)}, for another); nor, beside an "
-                             f"encoder.pt in --encoder, patched, patched-none")
+            raise SystemExit(f"--supervised {name} is none of {', '.join(ARCHITECTURES)}, nor, "
+                             f"beside an encoder.pt in --encoder, patched, patched-none")
     return rows
 
 
@@ -179,8 +171,8 @@ class Cell:
         grey = self.row.file["trained"].get("image_aug") == "v1"
         transform = data.image_transform("test", self.row.file["crop"], grey=grey)
         batch = max(1, self.args.batch_size // dist.get_world_size())
-        loader = data.load_batches(images, transform, data.test_batches(len(images), batch),
-                                   self.device, self.args.workers)
+        batches = data.test_batches(len(images), batch)
+        loader = data.load_batches(images, transform, batches, self.args.workers)
         counts = torch.zeros(3, dtype=torch.int64, device=self.device)
         for x, y in loader:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
@@ -262,15 +254,14 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
     constant = isinstance(model.head, LinearProbe)  # paper: A.3 names a learning rate, no schedule
     tests = {math.ceil(stop * n / 10) for n in range(1, 11)}
     trained = model.head if model.frozen else model
-    optimizer, best = make_optimizer(model, stage, recipe), data.Best(trained)
-    best.offer(start_top1)
-    start = run.resume(key, model=trained, optimizer=optimizer, best=best)
+    optimizer = make_optimizer(model, stage, recipe)
+    start = run.resume(key, model=trained, optimizer=optimizer)
+    run.offer(start_top1, trained)
 
     ddp = DistributedDataParallel(model)
     transform, augmented = augmentation(cell.row, cell.args)
     batches = data.train_batches(len(cell.train), batch, cell.seed, start, stop)
-    loader = data.load_batches(cell.train, transform, batches, cell.device, cell.args.workers,
-                               skip=True)
+    loader = data.load_batches(cell.train, transform, batches, cell.args.workers, skip=True)
     model.train()
     for step, (images, labels) in run.steps(loader, stop, batch, due=lambda done: done in tests):
         if not constant:
@@ -289,8 +280,8 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
                 top1, _ = cell.accuracy(model, cell.held_out)
                 model.train()
                 run.note(held_out=top1)
-                best.offer(top1)
-    return best.restore()
+                run.offer(top1, trained)
+    return run.restore(trained)
 
 
 def choose_recipe(cell: Cell, recipe: dict, trials: int, run: data.Run) -> dict:
@@ -326,7 +317,7 @@ def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
             # "initialize the feature extractor and classifier with the solutions theta*, psi*
             # found in the previous learning phase, and train them both", with "a smaller learning
             # rate and early-stopping"
-            model.freeze(False)
+            model = Classifier(model.encoder, model.head, frozen=False)
             longer = args.finetune_epochs / args.epochs
             recipe = recipe | dict(lr=args.finetune_lr, epochs=args.finetune_epochs,
                                    min_steps=longer * recipe["min_steps"])
@@ -348,20 +339,12 @@ def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
             held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe,
             seconds=round(time.time() - began, 1))
         if run.is_main and row.supervised and row.name != "pixels":
-            save_trunk(cell, model.encoder, run.folder)
+            # for detect.py's `--encoder`: a supervised trunk beside CPC's (Table 3's: a ResNet-152)
+            how = dict(data=args.data, supervised=row.name, labels=cell.labels, jitter=False,
+                       flip=0.0, color_drop=0.0, image_aug="inception", min_area=args.min_area)
+            path = run.folder / f"{row.name}-{cell.labels:g}-seed-{cell.seed}.pt"
+            save_encoder(path, model.encoder, row.file | {"trained": run.flags | how})
         run.finish(key, "result", result, None if stage == stages[-1] else model.head.state_dict())
-
-
-def save_trunk(cell: Cell, encoder: Encoder, folder: Path) -> None:
-    """What a supervised row has learned on CPC's own patches, as a file for detect.py's
-    `--encoder`: a supervised trunk beside CPC's (Table 3's is a ResNet-152)."""
-    row = cell.row
-    geometry = {name: row.file[name] for name in ("crop", "patch", "stride", "mean", "std")}
-    how = dict(supervised=row.name, labels=cell.labels, image_aug="inception", color_drop=0.0,
-               jitter=False, flip=0.0)
-    trained = {k: v for k, v in vars(cell.args).items() if k not in ("out", "workers", "encoder")}
-    path = folder / f"{row.name}-{cell.labels:g}-seed-{cell.seed}.pt"
-    save_encoder(path, encoder, geometry, trained | how)
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -402,29 +385,24 @@ def print_tables(results: list[dict], classes: int, test_images: int) -> None:
 
 # ---- Command line --------------------------------------------------------------------------------
 
-# The flags' own defaults are those of an 11-block head, or of pixels, at the paper's scale.
-# A linear probe's. paper: A.3, Adam 5e-4 and 512 images; ours: the epochs, which are not stated
-PROBE = dict(epochs=30, min_steps=0, lr=5e-4, weight_decay=0.0, held_out=0.0, distort=False)
-# ours: with an encoder of a million parameters or less, a few hundred steps
-SMALL_ENCODERS = ("tiny", "small", "shallow", "medium")
-SMALL = {
-    "linear": dict(epochs=10, batch_size=64, lr=5e-3),
-    "resnet": dict(epochs=5, min_steps=450, batch_size=32, held_out=0.05, finetune_epochs=5,
-                   finetune_lr=1e-3),
+SMALL_ENCODERS = ("tiny", "small", "shallow", "medium")  # of a million parameters or less
+# The flags' defaults are those of an 11-block head, or of pixels, at the paper's scale. The others:
+RECIPES = {
+    # paper: A.3, Adam at 5e-4; ours: the epochs, which are not stated, and all below
+    "linear": dict(epochs=30, min_steps=0, lr=5e-4, weight_decay=0.0, held_out=0.0, distort=False),
+    "head": {},
+    "small linear": dict(epochs=10, batch_size=64, lr=5e-3),
+    "small head": dict(epochs=5, min_steps=450, batch_size=32, held_out=0.05, finetune_epochs=5,
+                       finetune_lr=1e-3),
+    # on the embedded data set, where the whole of ./run.sh takes minutes
+    "tiny linear": dict(epochs=3, batch_size=64, lr=5e-3),
+    "tiny head": dict(epochs=1, min_steps=60, batch_size=64, held_out=0.05, finetune_epochs=0.5,
+                      finetune_lr=3e-4),
 }
-# ours: and on the embedded data set, where the whole of ./run.sh takes minutes
-TINY = {
-    "linear": dict(epochs=3, batch_size=64, lr=5e-3),
-    "resnet": dict(epochs=1, min_steps=60, batch_size=64, held_out=0.05, finetune_epochs=0.5,
-                   finetune_lr=3e-4),
-}
-# ours: random weights need longer: 2.5 times CPC's first stage, or as long as its two stages
-# together, whichever is longer
-SUPERVISED_LONGER = 2.5
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The command line, checked; `sources` in it are the encoders. The first file among them gives
+    """The command line, checked, and the `rows` that it asks for. The first encoder's file gives
     scale, data and augmentation their defaults."""
     parser = data.make_parser(__doc__, out="runs/eval")
     add = parser.add_argument
@@ -437,16 +415,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     which.add_argument("--labels", type=number(1e-9, 1), nargs="+", metavar="F",
                        help="shares of the training labels (default: 1)")
     which.add_argument("--subset", metavar="FILE", help="the labelled images by name instead")
-    add("--supervised", nargs="*", metavar="ARCH", help="also from pixels (A.4): ARCH[:STEM] "
-        "(default: resnet152, or a small encoder's); CPC's encoder from scratch (Sec. 4.1): "
-        "patched, with batch norm, patched-none")
-    add("--held-out", type=number(0, 0.5), default=0.02, help="share of the training images to "
-        "stop and select by; 0 for a fixed schedule")
+    add("--supervised", nargs="*", metavar="ARCH", help="from pixels (A.4): ARCH[:STEM] (default: "
+        "resnet152, or a small encoder's); from patches (Sec. 4.1): patched, patched-none")
+    add("--held-out", type=number(0, 0.5), default=0.02, help="share of images to select by, or 0")
     # paper: A.4 tries several
     add("--sweep", type=number(0, 1e6, int), default=0, metavar="N", help="recipes for each cell")
     add("--seeds", type=COUNT, default=1, help="runs, each with its own labels")
-    # The recipe, ours. A.4 has the learning rate, for the supervised rows. These defaults are
-    # others for a linear probe, a small encoder, --tiny: see above.
+    # The recipe (others: RECIPES), ours; A.4 has the learning rate, for the supervised rows
     add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images")
     add("--finetune-epochs", type=number(1e-3, 1e6), default=50, help="of fine-tuning")
     add("--min-steps", type=number(0, 1e9), default=10_000, help="at least, for few labels")
@@ -464,33 +439,31 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
     early, _ = parser.parse_known_args(argv)
     head = early.head or ("resnet" if early.labels or early.subset else "linear")
-    kind = "linear" if head == "linear" else "resnet"
+    kind = "linear" if head == "linear" else "head"
     names = early.encoder or ([] if head == "none" else ["runs/cpc/encoder.pt"])
-    sources = find_encoders(names)
-    file = next((source.file for source in sources if source.file), None)
-    tiny, own = early.tiny, "resnet152"  # own: the network that `--supervised` by itself means
-    if head == "linear":
-        parser.set_defaults(**PROBE)
+    sources, file = find_encoders(names)
+    scale, own = "", "resnet152"  # own: the network that `--supervised` by itself means
     if file:
         trained = file["trained"]
-        tiny = tiny or trained["data"] == "shapes"
         parser.set_defaults(crop=file["crop"], data=trained["data"], min_area=trained["min_area"])
         if head == "linear":
             parser.set_defaults(color_drop=trained["color_drop"])
         if file["arch"] in SMALL_ENCODERS:
-            parser.set_defaults(**SMALL[kind])
-            own = file["arch"]
+            scale, own = "small ", file["arch"]
             if file["stem"] != ARCHITECTURES[own][3]:
                 own += f":{file['stem']}"
-    elif tiny:
+    elif early.tiny:
         parser.set_defaults(crop=32, min_area=0.6)  # cpc.py's
         own = "tiny"
-    if tiny:
-        parser.set_defaults(data="shapes", **TINY[kind])
+    if early.tiny or parser.get_default("data") == "shapes":
+        scale = "tiny "
+        parser.set_defaults(data="shapes")
+    parser.set_defaults(**RECIPES[kind] | RECIPES[scale + kind])
     args = parser.parse_args(argv)
-    args.head, args.encoder, args.sources, args.tiny = head, names, sources, tiny
+    args.head, args.encoder = head, names
     args.labels = sorted(set(args.labels or [1.0]))
     args.supervised = [own] if args.supervised == [] else args.supervised or []
+    args.rows = find_rows(args, sources, file)
     if file and args.crop != file["crop"]:
         parser.error(f"--crop {args.crop} is not the {file['crop']} pixels of the encoder")
     if head == "linear" and args.supervised:
@@ -514,16 +487,6 @@ def choose_labels(args: Namespace, train_set: Dataset, seed: int) -> list[tuple]
     return [(round(len(chosen) / len(targets), 4), chosen, [rest[i] for i in held])]
 
 
-def write_lists(folder: Path, train_set: Dataset, seed: int, columns: list[tuple]) -> None:
-    """Which images were labelled and which were held out, by name, a file each."""
-    names = data.names_of(train_set)
-    for share, chosen, held in columns:
-        for title, indices in ((f"labels-{share:g}", chosen), ("held-out", held)):
-            lines = "".join(names[i] + "\n" for i in indices)
-            path = folder / f"{title}-seed-{seed}.txt"
-            path.write_text(lines, "utf-8", "surrogateescape")
-
-
 def main(args: Namespace) -> None:
     """Every seed, row and share of the labels; a result line each, and a table."""
     device = data.start_process(args)
@@ -538,25 +501,22 @@ def main(args: Namespace) -> None:
     if args.held_out and not columns[args.seed][0][2]:
         raise SystemExit(f"--held-out {args.held_out} of {len(train_set)} images in {classes} "
                          f"classes is none: raise it, or pass 0 for a fixed schedule")
-    rows = find_rows(args, vars(args).pop("sources"))
-    files = data.fingerprints([*args.encoder, *([args.subset] if args.subset else [])])
-    run = data.Run(args, images=data.summary_of(train_set), files=files,
-                   processes=dist.get_world_size())
+    rows = vars(args).pop("rows")
+    run = data.Run(args, data.names_of(train_set), processes=dist.get_world_size(),
+                   files=data.fingerprints([*args.encoder, str(args.subset)]))
     names = ("epochs", "min_steps", "batch_size", "lr", "weight_decay", "dropout")
     for seed in seeds:
-        if run.is_main:
-            write_lists(run.folder, train_set, seed, columns[seed])
         for row in rows:
             for share, chosen, held in columns[seed]:
                 cell = Cell(args, row, share, seed, Subset(train_set, chosen),
                             Subset(train_set, held), test_set, device)
                 recipe = {name: getattr(args, name) for name in names}
                 if row.supervised:
-                    longer = SUPERVISED_LONGER
-                    if args.head != "none":
-                        longer = max(longer, 1 + args.finetune_epochs / args.epochs)
-                    recipe["epochs"] *= longer
-                    recipe["min_steps"] *= longer
+                    # ours: random weights need longer: 2.5 times CPC's first stage, or as long as
+                    # its two stages together, whichever is longer
+                    both = 0 if args.head == "none" else 1 + args.finetune_epochs / args.epochs
+                    recipe["epochs"] *= max(2.5, both)
+                    recipe["min_steps"] *= max(2.5, both)
                 if args.sweep:
                     recipe = choose_recipe(cell, recipe, args.sweep, run)
                 classify(cell, recipe, run)

@@ -43,8 +43,9 @@ ARCHITECTURES = {
     "small": ((2, 2, 2), (128, 256, 512), (32, 64, 128), "3x3"),
     "tiny": ((1, 1, 1), (64, 128, 256), (32, 32, 64), "3x3"),
 }
-# Each stem and its stride. ours: the last two, for patches of less than 32 pixels.
-STEMS = {"7x7": 4, "3x3/2": 2, "3x3": 1}
+# Side and stride of a stem's convolution, stride of the max-pool after it. ours: the last two, for
+# patches of less than 32 pixels.
+STEMS = {"7x7": (7, 2, 2), "3x3/2": (3, 2, 1), "3x3": (3, 1, 1)}
 
 
 class LayerNorm(nn.Module):
@@ -121,26 +122,21 @@ class Bottleneck(nn.Module):
 class Encoder(nn.Module):
     """f_theta: one vector per patch (`forward`), or a feature map per image (`features`).
 
-    arch: a key of ARCHITECTURES; norm: one of NORMS; stem: "7x7" (7x7/2, then a 3x3/2 max-pool:
-    with three stacks a total stride of 16), "3x3/2" (8) or "3x3" (4), None for the architecture's
-    own; checkpointing: recompute each block in the backward pass, keep no activations inside it
-    (None: for 4096 channels on a GPU)."""
+    arch, norm, stem: keys of ARCHITECTURES, NORMS, STEMS (with three stacks a total stride of 16, 8
+    or 4), None for the architecture's own stem; checkpointing: recompute each block in the backward
+    pass, keep no activations inside it (None: for 4096 channels)."""
 
     def __init__(self, arch: str = "resnet161", norm: str = "layer", stem: str | None = None,
                  checkpointing: bool | None = None):
         super().__init__()
         blocks, channels, widths, own_stem = ARCHITECTURES[arch]
         self.arch, self.norm, self.stem = arch, norm, stem or own_stem
-        self.checkpointing = checkpointing
         self.out_channels = channels[-1]
-        self.stride = STEMS[self.stem] * 2 ** (len(blocks) - 1)
-        bias = norm == "none"
-        if self.stem == "7x7":
-            self.conv1 = nn.Conv2d(3, widths[0], 7, 2, padding=3, bias=bias)
-            self.pool = nn.MaxPool2d(3, 2, padding=1)
-        else:
-            self.conv1 = nn.Conv2d(3, widths[0], 3, STEMS[self.stem], padding=1, bias=bias)
-            self.pool = nn.Identity()
+        self.checkpointing = self.out_channels == 4096 if checkpointing is None else checkpointing
+        side, stride, pool = STEMS[self.stem]
+        self.stride = stride * pool * 2 ** (len(blocks) - 1)
+        self.conv1 = nn.Conv2d(3, widths[0], side, stride, side // 2, bias=norm == "none")
+        self.pool = nn.MaxPool2d(3, pool, padding=1) if pool > 1 else nn.Identity()
         self.blocks = nn.ModuleList()
         c = widths[0]
         for stack, (n, d, width) in enumerate(zip(blocks, channels, widths)):
@@ -167,11 +163,8 @@ class Encoder(nn.Module):
         norm then has the statistics of all that it is given: a patch, or a whole image."""
         x = images.contiguous(memory_format=torch.channels_last)
         x = self.pool(self.conv1(x))
-        recompute = self.checkpointing
-        if recompute is None:
-            recompute = x.is_cuda and self.out_channels == 4096
         for block in self.blocks:
-            if recompute and x.requires_grad:
+            if self.checkpointing and x.requires_grad:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
@@ -184,8 +177,7 @@ class Encoder(nn.Module):
     def grid(self, patches: Tensor) -> Tensor:
         """The field of latents of Fig. 2, from patches as `data.to_patches` cuts them:
         [B, G, G, 3, P, P] -> [B, D, G, G]."""
-        channels_last = patches.permute(0, 1, 2, 4, 5, 3).flatten(0, 2)  # [B*G*G, P, P, 3]
-        latents = self(channels_last.permute(0, 3, 1, 2))  # [B*G*G, D]
+        latents = self(patches.flatten(0, 2))  # [B*G*G, D]
         return latents.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)  # [B, D, G, G]
 
     def compile_blocks(self, backend: str = "inductor") -> None:
@@ -210,8 +202,7 @@ def save_file(contents: dict, path: Path) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or f"is the disk full? {error}"
-        raise SystemExit(f"cannot write {path}: {reason}; what was there is kept")
+        raise SystemExit(f"cannot write {path} (is the disk full?), the old one is kept: {error}")
 
 
 def load_file(path: Path, kind: str) -> dict:
@@ -219,23 +210,22 @@ def load_file(path: Path, kind: str) -> dict:
     if it is no file of this kind."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        known = saved["kind"] == kind
+        found = saved["kind"]
     except Exception as error:  # torch.load's failures on foreign bytes have no common base class
         raise SystemExit(f"{path} is damaged or no {kind} of ours ({type(error).__name__})")
-    if not known:
-        raise SystemExit(f"{path} is no {kind} of ours, but a {saved['kind']}")
+    if found != kind:
+        raise SystemExit(f"{path} is no {kind} of ours, but a {found}")
     return saved
 
 
-def save_encoder(path: str | Path, encoder: Encoder, geometry: dict, trained: dict) -> None:
+def save_encoder(path: Path, encoder: Encoder, described: dict) -> None:
     """Write `encoder.pt`: the weights and all that is needed to use them.
 
-    encoder: from cpc.py the averaged one, if there is an average; geometry: crop, patch and stride
-    in pixels, mean and std of the inputs; trained: how the weights came to be (data, arguments,
-    steps), plain values only. Exits with one line if it cannot."""
+    described: crop, patch and stride in pixels, mean and std of the inputs, and how the weights
+    were `trained` (data, arguments, steps), plain values only. Exits with one line if it cannot."""
+    network = dict(kind="encoder", arch=encoder.arch, norm=encoder.norm, stem=encoder.stem)
     state = {name: value.cpu() for name, value in encoder.state_dict().items()}
-    save_file(dict(kind="encoder", arch=encoder.arch, norm=encoder.norm, stem=encoder.stem,
-                   **geometry, trained=trained, state=state), Path(path))
+    save_file(described | network | {"state": state}, path)
 
 
 def load_encoder(path: str | Path) -> tuple[Encoder, dict]:
@@ -255,19 +245,17 @@ def load_encoder(path: str | Path) -> tuple[Encoder, dict]:
 class TorchvisionResNet(nn.Module):
     """One of torchvision's ResNets in CPC's place (Table 2 does this with BigBiGAN and AMDIM).
 
-    name: resnet18, resnet50, ...; weights: a file of its weights, or None for random ones; last:
-    the layer whose output is the grid, "layer4", or "layer3" (conv4) as a detector's trunk."""
+    name: resnet18, resnet50, ...; weights: a file of its weights, or None for random ones; stacks:
+    all 4, or 3 (to conv4) as a detector's trunk."""
 
-    def __init__(self, name: str, weights: str | None = None, last: str = "layer4"):
+    def __init__(self, name: str, weights: str | None = None, stacks: int = 4):
         super().__init__()
         model = models.get_model(name, weights=None)
         if weights:
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self.arch = name
-        without = 2 if last == "layer4" else 3  # pooling and the classifier, or layer4 too
-        self.layers = nn.Sequential(*list(model.children())[:-without])
-        self.stride = 32 if last == "layer4" else 16
-        self.out_channels = model.fc.in_features // (32 // self.stride)
+        self.layers = nn.Sequential(*list(model.children())[:4 + stacks])  # behind the stem's four
+        self.stride = 2 ** (1 + stacks)
+        self.out_channels = model.fc.in_features // 2 ** (4 - stacks)
 
     def features(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, D, H / stride, W / stride] (rounded up)."""
@@ -297,9 +285,9 @@ class Source(NamedTuple):
 ENCODERS = "FILE: what cpc.py wrote; random: FILE's network; torchvision:resnet50[:WEIGHTS]"
 
 
-def find_encoders(names: list[str], last: str = "layer4") -> list[Source]:
-    """The encoders that `--encoder` names. random, and torchvision's without WEIGHTS, are
-    untrained. Exits with one line on a name that is none of these."""
+def find_encoders(names: list[str], stacks: int = 4) -> tuple[list[Source], dict | None]:
+    """The encoders that `--encoder` names, and what the first encoder.pt among them says. random,
+    and torchvision's without WEIGHTS, are untrained. Exits with one line on any other name."""
     sources = []
     for name in names:
         if name == "random":
@@ -310,8 +298,8 @@ def find_encoders(names: list[str], last: str = "layer4") -> list[Source]:
             _, model, *weights = name.split(":", 2)
             if model not in models.list_models(models, include="resnet*"):
                 raise SystemExit(f"--encoder {name}: torchvision has no such ResNet")
-            network = model, None, last
-            trained = TorchvisionResNet(model, weights[0], last).state_dict() if weights else None
+            network = model, None, stacks
+            trained = TorchvisionResNet(model, weights[0], stacks).state_dict() if weights else None
             sources.append(Source("torchvision", model, TorchvisionResNet, network, trained))
         else:
             encoder, file = load_encoder(name)
@@ -322,4 +310,4 @@ def find_encoders(names: list[str], last: str = "layer4") -> list[Source]:
     for n, kind in enumerate(kinds):
         if kinds.count(kind) > 1:  # rows of the table are told apart by their place
             sources[n] = sources[n]._replace(name=f"{kind}-{n}")
-    return sources
+    return sources, next((source.file for source in sources if source.file), None)

@@ -170,7 +170,7 @@ def test_encoder_file(tmp_path):
     encoder = resnet.Encoder("tiny", "batch").eval()
     path = tmp_path / "encoder.pt"
     geometry = dict(crop=32, patch=8, stride=6, mean=data.MEAN, std=data.STD)
-    resnet.save_encoder(path, encoder, geometry, dict(data="shapes"))
+    resnet.save_encoder(path, encoder, geometry | {"trained": dict(data="shapes")})
     loaded, file = resnet.load_encoder(path)
     patches = torch.randn(2, 3, 8, 8)
     assert torch.equal(loaded(patches), encoder(patches)) and not loaded.training
@@ -197,7 +197,7 @@ def test_a_full_disk_leaves_the_good_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit, match="No space left on device; what was there is kept"):
+    with pytest.raises(SystemExit, match="the old one is kept: .*No space left on device"):
         resnet.save_file({"kind": "checkpoint", "step": 2}, path)
     assert resnet.load_file(path, "checkpoint")["step"] == 1 and len(list(tmp_path.iterdir())) == 1
 
@@ -229,18 +229,18 @@ def test_no_pickle_is_executed(tmp_path):
     assert made.exists()  # it would have
 
 
-@pytest.mark.parametrize("last, channels, side", [("layer4", 512, 2), ("layer3", 256, 4)])
-def test_torchvision_resnets_are_encoders_too(last, channels, side, tmp_path):
+@pytest.mark.parametrize("stacks, channels, side", [(4, 512, 2), (3, 256, 4)])
+def test_torchvision_resnets_are_encoders_too(stacks, channels, side, tmp_path):
     """Table 2 does it for BigBiGAN and AMDIM: any [B, D, h, w] grid in CPC's place."""
     torch.manual_seed(0)
     model, weights = models.resnet18(), tmp_path / "weights.pth"
     torch.save(model.state_dict(), weights)
-    ours = resnet.TorchvisionResNet("resnet18", str(weights), last).eval()
+    ours = resnet.TorchvisionResNet("resnet18", str(weights), stacks).eval()
     x = torch.randn(2, 3, 64, 64, generator=generator())
     grid = ours.features(x)
     assert grid.shape == (2, channels, side, side) and ours.out_channels == channels
     assert ours.stride == 64 // side
-    if last == "layer4":  # its own pooled features and classifier
+    if stacks == 4:  # its own pooled features and classifier
         assert torch.allclose(model.eval()(x), model.fc(grid.mean((2, 3))), atol=1e-4)
 
 
@@ -316,7 +316,7 @@ def test_flips_each_patch_on_its_own():
 def epoch_of(workers, seed=0, start=0):
     batches = data.train_batches(40, 8, seed, start, 10)  # two epochs of 5 steps
     transform = data.image_transform("inception", 32)
-    loader = data.load_batches(data.Shapes("train"), transform, batches, CPU, workers)
+    loader = data.load_batches(data.Shapes("train"), transform, batches, workers)
     return [images for images, _ in loader]
 
 
@@ -433,7 +433,7 @@ def test_unreadable_images_are_named_and_skipped_in_training_alone(tmp_path, cap
     transform = data.image_transform("test", 8)
 
     def load(batches, workers=0, skip=True):
-        loader = data.load_batches(images, transform, batches, CPU, workers, skip)
+        loader = data.load_batches(images, transform, batches, workers, skip)
         return torch.cat([x for x, _ in loader])[:, 0, 0, 0].tolist()
 
     whole = (tmp_path / "train" / "006.png").read_bytes()
@@ -443,11 +443,11 @@ def test_unreadable_images_are_named_and_skipped_in_training_alone(tmp_path, cap
     skipped = capfd.readouterr().err.splitlines()
     assert len(skipped) == 1 and "007.png cannot be read" in skipped[0]
     for workers in (0, 1):
-        with pytest.raises(SystemExit, match="^/.*007.png cannot be read: [^\\n]*$"):
+        with pytest.raises(OSError, match="007.png cannot be read"):
             load(data.test_batches(120, 40), workers, skip=False)
     for i in (20, 40, 60):
         (tmp_path / "train" / f"{i:03d}.png").write_bytes(b"")
-    with pytest.raises(SystemExit, match="^/.*cannot be read"):  # more than one in a hundred
+    with pytest.raises(OSError, match="cannot be read"):  # more than one in a hundred
         load(data.train_batches(120, 40, 0, 0, 3))
 
 
@@ -651,8 +651,6 @@ def test_subset_lists(folder, tmp_path):
         path.write_text(bad)
         with pytest.raises(SystemExit, match="name no training image .CLASS/NAME"):
             data.read_subset(path, train)
-    with pytest.raises(SystemExit, match="cannot read --subset"):
-        data.read_subset(tmp_path / "none.txt", train)
 
 
 def test_resnet_head():
@@ -674,7 +672,7 @@ def encoder_file(tmp_path, request):
     trained = dict(data="shapes", color_drop=0.5, jitter=True, flip=0.0, min_area=0.6,
                    image_aug="inception")
     geometry = dict(crop=32, patch=8, stride=6, mean=data.MEAN, std=data.STD)
-    resnet.save_encoder(tmp_path / "encoder.pt", encoder, geometry, trained)
+    resnet.save_encoder(tmp_path / "encoder.pt", encoder, geometry | {"trained": trained})
     return tmp_path / "encoder.pt"
 
 
@@ -686,14 +684,14 @@ def parse_eval(*flags):
 def make_cell(encoder, *flags, held_out=20, labels=0.1):
     args = parse_eval("--encoder", encoder, *flags)
     shapes, test = data.Shapes("train"), data.Shapes("test")
-    (row,) = evaluation.find_rows(args, vars(args).pop("sources"))
+    (row,) = args.rows
     return evaluation.Cell(args, row, labels, 0, Subset(shapes, range(24)),
                            Subset(shapes, range(100, 100 + held_out)), Subset(test, range(20)),
                            CPU)
 
 
 def make_run(folder, **flags):
-    return data.Run(Namespace(out=str(folder), save_every=10, **flags))
+    return data.Run(Namespace(out=str(folder), save_every=10, **flags), ["an image"])
 
 
 RECIPE = dict(epochs=4, min_steps=0, batch_size=8, lr=0.05, weight_decay=0.0, dropout=0.0)
@@ -784,25 +782,29 @@ def test_what_each_row_trains_with(encoder_file):
     classification Inception's, with its colours, and colour dropping; A.4 Inception's alone."""
     def augmentation(*flags):
         args = parse_eval("--encoder", encoder_file, *flags)
-        (row,) = evaluation.find_rows(args, args.sources)
+        (row,) = args.rows
         transform, patches = evaluation.augmentation(row, args)
         return patches, any("ColorJitter" in type(t).__name__ for t in transform.transforms)
 
     assert augmentation() == (dict(color_drop=0.5, jitter=True, flip=0.0), False)
     assert augmentation("--labels", "0.1") == (dict(color_drop=0.5), True)
     assert augmentation("--head", "none", "--supervised", "tiny") == ({}, True)
+    saved = torch.load(encoder_file, weights_only=True)  # of a pre-training without colour dropping
+    saved["trained"]["color_drop"] = 0.0
+    torch.save(saved, encoder_file)
+    assert augmentation()[0]["color_drop"] == 0.0
+    assert augmentation("--labels", "0.1")[0]["color_drop"] == 0.5
 
 
 def test_two_encoders_are_two_rows_and_a_baseline_depends_on_none(encoder_file, tmp_path,
                                                                  monkeypatch):
     other = tmp_path / "other.pt"
     other.write_bytes(encoder_file.read_bytes())
-    args = parse_eval("--encoder", encoder_file, other, "random")
-    rows = evaluation.find_rows(args, args.sources)
+    rows = parse_eval("--encoder", encoder_file, other, "random").rows
     assert [row.name for row in rows] == ["cpc-0", "cpc-1", "random"]
-    third = parse_eval("--encoder", "torchvision:resnet18", other, "random").sources[2]
+    third = parse_eval("--encoder", "torchvision:resnet18", other, "random").rows[2]
     assert (third.name, third.arch) == ("random", "tiny")  # of the file before it
-    untrained = parse_eval("--encoder", other, "random", encoder_file, "random").sources
+    untrained = parse_eval("--encoder", other, "random", encoder_file, "random").rows
     assert [source.name for source in untrained] == ["cpc-0", "random-1", "cpc-2", "random-3"]
     named = parse_eval("--encoder", other, "--supervised", "--head", "none")
     assert (named.head, named.encoder) == ("none", [str(other)])
@@ -821,10 +823,9 @@ def test_supervised_rows(encoder_file):
     patches from scratch, with batch norm and without. The same crops as CPC's."""
     names = ["tiny", "tiny:3x3/2", "patched", "patched-none"]
     args = parse_eval("--encoder", encoder_file, "--head", "none", "--supervised", *names)
-    rows = evaluation.find_rows(args, args.sources)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     norms, sides = ("batch", "batch", "batch", "none"), (8, 4, 5, 5)
-    for row, norm, side in zip(rows, norms, sides, strict=True):
+    for row, norm, side in zip(args.rows, norms, sides, strict=True):
         cell = evaluation.Cell(args, row, 1.0, 0, None, None, None, CPU)
         network = row.make(0)
         assert row.supervised and network.norm == norm
@@ -1149,7 +1150,7 @@ def test_what_a_run_may_continue(tmp_path):
     with pytest.raises(SystemExit, match="what is not ours"):
         make_run(tmp_path / "other")
     assert (tmp_path / "other" / "log.jsonl").read_text() == "step,loss\n1,2.0\n"
-    with pytest.raises(SystemExit, match="cannot use --out /dev/null/run: Not a directory"):
+    with pytest.raises(NotADirectoryError):
         make_run("/dev/null/run")
 
 
@@ -1541,11 +1542,6 @@ def test_few_labels_command(commands):
     counts = {(r["labels"], r["labelled_images"], r["held_out_images"]) for r in results}
     assert counts == {(0.25, 10, 8), (1.0, 32, 8)}
     assert len(events(out, "trial")) == 2 * 2 * 2  # for each row and share, on the first seed
-    few, all_, held = ([(out / f"{name}-seed-{s}.txt").read_text().splitlines() for s in (0, 1)]
-                       for name in ("labels-0.25", "labels-1", "held-out"))
-    for seed in (0, 1):
-        assert set(few[seed]) < set(all_[seed]) and not set(all_[seed]) & set(held[seed])
-    assert few[0] != few[1]
     tops = [r["top1"] for r in results
             if (r["encoder"], r["stage"], r["labels"]) == ("cpc", "finetuned", 0.25)]
     row = next(line for line in printed.splitlines() if line.startswith("cpc tiny fine-tuned"))
@@ -1576,8 +1572,6 @@ def test_fixed_schedule_and_subset_list(trained, folder, tmp_path):
     counts = [(r["labels"], r["labelled_images"], r["held_out_images"], r["held_out_top1"])
               for r in results]
     assert counts == [(0.3, 12, 0, None)] * 2
-    listed = (tmp_path / "e" / "labels-0.3-seed-0.txt").read_text().splitlines()
-    assert listed == names[:12]
 
 
 def test_detection_command(commands, tmp_path):
@@ -1597,7 +1591,7 @@ def test_detection_command(commands, tmp_path):
     to_pil_image(data.Shapes("test", 64)[0][0]).convert("P").save(picture)
     detect.main(detect.parse_args(["--detect", str(picture), "--out", str(out)]))
     assert min(Image.open(out / "detected-mine.png").size) == 256
-    with pytest.raises(SystemExit, match="cannot read .*model.pt"):
+    with pytest.raises(OSError, match="model.pt cannot be read"):
         broken = str(out / "cpc" / "model.pt")
         detect.main(detect.parse_args(["--detect", broken, "--out", str(out)]))
 
