@@ -594,8 +594,8 @@ class Run:
         """names: of its images, wherever they lie; facts: what else must be the same (its encoder).
 
         A continued run finds here again the results that are `done`, and the `solution` that the
-        next training starts from. Exits with one line if the folder holds another run, is
-        in use, or cannot be written."""
+        next training starts from. Exits with one line if the folder holds another run, or is in
+        use."""
         self.folder, self.is_main = Path(args.out), dist.get_rank() == 0
         self.flags = {k: v for k, v in vars(args).items() if k not in self.MAY_DIFFER}
         facts["images"] = [len(names), names[0], names[-1]]

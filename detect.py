@@ -315,7 +315,7 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
     loader = data.load_batches(train_set, transform, batches, args.workers, skip=True, collate=list)
     model.train()
     for step, items in run.steps(loader, stop, batch, due=lambda done: done in tests):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, stop, peak, stop // 10)
+        optimizer.param_groups[0]["lr"] = peak * learning_rate(step, stop, 1.0, stop // 10)
         seed = data.derive_seed(args.seed, phase, step + 1)
         # of the scale, and of the anchors and regions that torchvision draws: each process its own
         torch.manual_seed(data.derive_seed(seed, dist.get_rank()))

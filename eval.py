@@ -264,9 +264,8 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
     loader = data.load_batches(cell.train, transform, batches, cell.args.workers, skip=True)
     model.train()
     for step, (images, labels) in run.steps(loader, stop, batch, due=lambda done: done in tests):
-        if not constant:
-            lr = learning_rate(step, stop, recipe["lr"], stop // 10)
-            optimizer.param_groups[0]["lr"] = lr
+        scale = 1.0 if constant else learning_rate(step, stop, 1.0, stop // 10)
+        optimizer.param_groups[0]["lr"] = recipe["lr"] * scale
         patches = cell.patches(images, data.derive_seed(cell.seed, "patches", step), **augmented)
         torch.manual_seed(data.derive_seed(cell.seed, "drop-out", step + 1, dist.get_rank()))
         with torch.autocast(cell.device.type, torch.bfloat16, enabled=cell.args.bf16):
