@@ -1,6 +1,6 @@
 """What the paper claims and what the README promises, each as a test that can fail.
 
-    pytest test_cpc.py                       # two CPU cores, two to three minutes
+    pytest test_cpc.py                       # two CPU cores, about two minutes
     python test_cpc.py 20 runs/kills         # each script killed 20 times: the same bits?
 
 Sections follow the pipeline: encoder, patches and data, objective, probe, few labels, detection, a
