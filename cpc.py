@@ -200,7 +200,8 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     if args.average:  # ours: of the encoder alone: the rest is discarded after training
         parts["average"] = copy.deepcopy(model.encoder)
     start = run.resume("cpc", **parts)
-    if start == stop and (run.folder / "retrieval.png").exists():  # what is written last
+    results = run.folder / "encoder.pt", run.folder / "retrieval.png"  # the last one written last
+    if start == stop and all(path.exists() for path in results):
         if run.is_main:
             print(f"{run.folder} holds this run, finished")
         return
@@ -295,7 +296,7 @@ def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimi
     batches = data.train_batches(len(dataset), args.batch_size, args.seed, 0, N + 2)
     transform = data.image_transform(args.image_aug, args.crop, args.min_area)
     begin = time.perf_counter()  # the start of the workers included: what they prefetch costs
-    for images, _ in data.load_batches(dataset, transform, batches, args.workers):
+    for images, _ in data.load_batches(dataset, transform, batches, args.workers, skip=True):
         pass  # keeps the last
     loading = (time.perf_counter() - begin) / (N + 2)
 
@@ -351,7 +352,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--preset", choices=PRESETS, default="v2", help="v1: CPC v1, where Fig. 3 starts")
     # Sec. 4.1, the axes of Fig. 3 and 4
     add("--arch", choices=ARCHITECTURES, default="resnet161", help="encoder")  # paper
-    add("--norm", choices=NORMS, default="layer", help="in the encoder")  # paper
+    add("--norm", choices=NORMS, default="layer", help="normalisation")  # paper
     add("--stem", choices=STEMS, help="3x3/2, 3x3: for small patches (default: by --arch)")
     add("--directions", type=int, choices=CPC.TURNS, default=4, help="of prediction")  # paper
     # paper: {2, 3}, not v1's {2, ..., 5}: "distant patches might lie on distinct objects"
@@ -426,4 +427,4 @@ def main(args: Namespace) -> None:
 
 if __name__ == "__main__":
     main(parse_args())
-    dist.destroy_process_group()
+    data.leave_group()

@@ -333,8 +333,8 @@ def list_folder(root: Path, split: str) -> Dataset:
     """`load_dataset` of the user's own images."""
     if not root.is_dir():
         raise SystemExit(f"no folder {root}: pass --data DIR, or --tiny for the embedded data set")
-    if split == "test":
-        split = "val" if (root / "val").is_dir() else "test"
+    if split == "test" and not (root / "test").is_dir():
+        split = "val"
     try:
         if split == "pretrain":
             return Unlabelled(root, loader=read_image)
@@ -431,16 +431,18 @@ class Seeded(Dataset):
             return [self._augment(item, seed) for item, seed in zip(items, seeds)]
 
     def _read(self, index: int) -> tuple:
-        try:
-            return self.dataset[index]
-        except OSError as error:
-            new = not self.named[index]
-            self.named[index] = True
-            if not self.skip or self.named.sum() > max(3, 0.01 * len(self.dataset)):
-                raise
-            if new:
-                print(f"skipped: {error}", file=sys.stderr, flush=True)
-            return self._read((index + 1) % len(self.dataset))
+        while True:
+            try:
+                return self.dataset[index]
+            except OSError as error:
+                new = not self.named[index]
+                self.named[index] = True
+                bad = self.named.sum()
+                if not self.skip or bad > max(3, 0.01 * len(self.named)) or bad == len(self.named):
+                    raise
+                if new:
+                    print(f"skipped: {error}", file=sys.stderr, flush=True)
+                index = (index + 1) % len(self.named)
 
     def _augment(self, item: tuple, seed: int) -> tuple:
         torch.default_generator.manual_seed(seed)  # torchvision's transforms draw from this one
@@ -504,6 +506,12 @@ def load_batches(dataset: Dataset, transform: v2.Transform, batches: Iterator,
 # ---- Processes -----------------------------------------------------------------------------------
 
 
+def leave_group() -> None:
+    """Once, at a script's end or after an error."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def start_process(args: argparse.Namespace) -> torch.device:
     """Join torchrun's process group, or make a world of one; this rank's device. Decides on
     args.bf16 where it is None, and exits with one line if the batch does not divide."""
@@ -532,6 +540,8 @@ def start_process(args: argparse.Namespace) -> torch.device:
             store = dist.PrefixStore(f"start {restarts}", store)
         gpu = device if device.type == "cuda" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=gpu)
+        if gpu is None:  # threads of gloo that are left running can abort a process at its end
+            atexit.register(leave_group)
     if args.batch_size % dist.get_world_size():
         raise SystemExit(f"--batch-size {args.batch_size} is not a multiple of the "
                          f"{dist.get_world_size()} processes")
@@ -594,12 +604,12 @@ class Run:
         """names: of its images, wherever they lie; facts: what else must be the same (its encoder).
 
         A continued run finds here again the results that are `done`, and the `solution` that the
-        next training starts from. Exits with one line if the folder holds another run, or is in
-        use."""
+        next training starts from. Exits with one line if the folder holds another run, is in
+        use, or cannot be written."""
         self.folder, self.is_main = Path(args.out), dist.get_rank() == 0
         self.flags = {k: v for k, v in vars(args).items() if k not in self.MAY_DIFFER}
         facts["images"] = [len(names), names[0], names[-1]]
-        self.identity, self.lines = self.flags | facts, []
+        self.identity, self.lines = facts | self.flags, []
         self.done, self.solution, self.unfinished, self.label = {}, {}, None, None
         self.save_seconds, self.saved_at = 60 * args.save_every, time.monotonic()
         self.signal = 0
@@ -628,12 +638,14 @@ class Run:
 
     def _open(self) -> bool:
         """Take the folder, on the first process: whether there is a checkpoint in it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.folder / "log.jsonl", "a")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.folder / "log.jsonl", "a")
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"another run is writing to {self.folder}: pass another --out")
+        except OSError as error:
+            raise SystemExit(f"cannot use --out {self.folder}: {error.strerror}")
         there = (self.folder / "checkpoint.pt").exists()
         # the log was opened at its end
         if not there and (self.file.tell() or (self.folder / "encoder.pt").exists()):
@@ -793,8 +805,11 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterator,
 
 
 def fingerprints(names: list[str]) -> list:
-    """A file counts by its content, so it may be moved; a name that is no file counts as it is."""
-    return [zlib.crc32(Path(name).read_bytes()) if os.path.isfile(name) else name for name in names]
+    """A file counts by its content (also torchvision:MODEL:FILE), so it may be moved; a name that
+    is no file counts as it is."""
+    paths = [name.rpartition(":")[2] for name in names]
+    return [zlib.crc32(Path(path).read_bytes()) if os.path.isfile(path) else name
+            for name, path in zip(names, paths)]
 
 
 # ---- Command lines -------------------------------------------------------------------------------
@@ -808,6 +823,13 @@ def number(low: float, high: float, kind: type = float) -> Callable[[str], float
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
     return number
+
+
+def existing(path: str) -> str:
+    """A flag's type: a file that is there."""
+    if not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"there is no file {path}")
+    return path
 
 
 SHARE, RATE, COUNT = number(0, 1), number(1e-12, 1e3), number(1, 1e9, int)
@@ -831,8 +853,9 @@ def make_parser(doc: str, out: str) -> argparse.ArgumentParser:
                                      formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--out", default=out, help="the run's folder; the same command continues it")
-    add("--seed", type=number(0, 2**61, int), default=0, help="of all random numbers")
+    add("--seed", type=number(0, 2**61, int), default=0, help="seed of all random numbers")
     add("--workers", type=number(0, 1024, int), help="loading processes (default: cores left over)")
     add("--bf16", action=BooleanOptionalAction, help="bfloat16 autocast (default: by the hardware)")
-    add("--save-every", type=number(0, 1e6), default=10.0, metavar="MINUTES", help="to save")
+    add("--save-every", type=number(0, 1e6), default=10.0, metavar="MINUTES", help="between "
+        "checkpoints")
     return parser

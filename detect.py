@@ -280,7 +280,8 @@ def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
     batches, world = data.test_batches(len(objects), 1), dist.get_world_size()
     transform = objects_transform(train=False)
     pairs = []
-    for items in data.load_batches(objects, transform, batches, workers, collate=list):
+    skip = isinstance(objects, Subset)  # held-out images are training images
+    for items in data.load_batches(objects, transform, batches, workers, skip, collate=list):
         ((image, truth),) = items
         (found,) = model(prepare([image], device))
         pairs.append([{k: v.as_subclass(Tensor).cpu() for k, v in one.items()}
@@ -463,7 +464,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--data", default="voc", help="folder with VOCdevkit/VOC2007; voc2007: downloaded; shapes")
     add("--tiny", action="store_true", help="the CPU scale, on shapes; implied by an encoder of it")
     add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help=ENCODERS)
-    add("--detect", metavar="IMAGE", help="draw what the run in --out finds, train nothing")
+    add("--detect", type=data.existing, metavar="IMAGE", help="draw what the run in --out finds, "
+        "train nothing")
     # Sec. 2.2: color-dropping and scale-augmentation, which is around --side
     add("--side", type=number(32, 1e4, int), default=480, help="shorter side of images, pixels")
     add("--color-drop", type=SHARE, default=0.5, help="probability for an image")  # ours
@@ -511,4 +513,4 @@ def main(args: Namespace) -> None:
 
 if __name__ == "__main__":
     main(parse_args())
-    dist.destroy_process_group()
+    data.leave_group()

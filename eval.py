@@ -172,7 +172,8 @@ class Cell:
         transform = data.image_transform("test", self.row.file["crop"], grey=grey)
         batch = max(1, self.args.batch_size // dist.get_world_size())
         batches = data.test_batches(len(images), batch)
-        loader = data.load_batches(images, transform, batches, self.args.workers)
+        skip = isinstance(images, Subset)  # held-out images are training images
+        loader = data.load_batches(images, transform, batches, self.args.workers, skip)
         counts = torch.zeros(3, dtype=torch.int64, device=self.device)
         for x, y in loader:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
@@ -412,18 +413,19 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "(default: resnet with --labels or --subset, else linear)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--labels", type=number(1e-9, 1), nargs="+", metavar="F",
-                       help="shares of the training labels (default: 1)")
-    which.add_argument("--subset", metavar="FILE", help="the labelled images by name instead")
+                       help="shares of the training labels, 0.01 is 1 %% (default: 1)")
+    which.add_argument("--subset", type=data.existing, metavar="FILE", help="the labelled images "
+        "by name instead")
     add("--supervised", nargs="*", metavar="ARCH", help="from pixels (A.4): ARCH[:STEM] (default: "
         "resnet152, or a small encoder's); from patches (Sec. 4.1): patched, patched-none")
     add("--held-out", type=number(0, 0.5), default=0.02, help="share of images to select by, or 0")
-    # paper: A.4 tries several
-    add("--sweep", type=number(0, 1e6, int), default=0, metavar="N", help="recipes for each cell")
+    add("--sweep", type=number(0, 1e6, int), default=0, metavar="N", help="recipes tried for each "
+        "row and share, by held-out images")  # paper: A.4
     add("--seeds", type=COUNT, default=1, help="runs, each with its own labels")
     # The recipe (others: RECIPES), ours; A.4 has the learning rate, for the supervised rows
     add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images")
     add("--finetune-epochs", type=number(1e-3, 1e6), default=50, help="of fine-tuning")
-    add("--min-steps", type=number(0, 1e9), default=10_000, help="at least, for few labels")
+    add("--min-steps", type=number(0, 1e9), default=10_000, help="train so many at least")
     add("--batch-size", type=COUNT, default=512, help="of all processes")
     add("--lr", type=RATE, default=0.1, help="peak learning rate of SGD; linear probe: of Adam")
     add("--finetune-lr", type=RATE, default=1e-4, help="of AdamW")
@@ -502,7 +504,7 @@ def main(args: Namespace) -> None:
                          f"classes is none: raise it, or pass 0 for a fixed schedule")
     rows = vars(args).pop("rows")
     run = data.Run(args, data.names_of(train_set), processes=dist.get_world_size(),
-                   files=data.fingerprints([*args.encoder, str(args.subset)]))
+                   files=data.fingerprints([*args.encoder, args.subset or ""]))
     names = ("epochs", "min_steps", "batch_size", "lr", "weight_decay", "dropout")
     for seed in seeds:
         for row in rows:
@@ -526,4 +528,4 @@ def main(args: Namespace) -> None:
 
 if __name__ == "__main__":
     main(parse_args())
-    dist.destroy_process_group()
+    data.leave_group()

@@ -449,6 +449,8 @@ def test_unreadable_images_are_named_and_skipped_in_training_alone(tmp_path, cap
         (tmp_path / "train" / f"{i:03d}.png").write_bytes(b"")
     with pytest.raises(OSError, match="cannot be read"):  # more than one in a hundred
         load(data.train_batches(120, 40, 0, 0, 3))
+    with pytest.raises(OSError, match="cannot be read"):  # all there are
+        data.Seeded(Subset(images, [20, 40, 60]), transform, skip=True)._read(0)
 
 
 # ---- Objective ----------------------------------------------------------------------------------
@@ -1150,7 +1152,7 @@ def test_what_a_run_may_continue(tmp_path):
     with pytest.raises(SystemExit, match="what is not ours"):
         make_run(tmp_path / "other")
     assert (tmp_path / "other" / "log.jsonl").read_text() == "step,loss\n1,2.0\n"
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(SystemExit, match="cannot use --out /dev/null/run: Not a directory"):
         make_run("/dev/null/run")
 
 
@@ -1693,7 +1695,9 @@ PIXELS = ["--tiny", "--head", "none", "--supervised"]
     ("detect.py", ["--encoder", "random"], "the network before it, untrained: name one"),
     ("detect.py", ["--encoder", "torchvision:resnet18"], "pass --data DIR with VOCdevkit/VOC2007"),
     ("detect.py", ["--encoder", "torchvision:resnet18", "--side", "8"], "8 is not between 32 and"),
-    ("detect.py", ["--detect", "photo.jpg"], "no detector in runs/detect"),
+    ("eval.py", ["--subset", "list.txt"], "there is no file list.txt"),
+    ("detect.py", ["--detect", "photo.jpg"], "there is no file photo.jpg"),
+    ("detect.py", ["--detect", __file__], "no detector in runs/detect"),
 ])
 def test_mistakes_get_one_line(script, flags, message, tmp_path, monkeypatch, capsys):
     module = {"cpc.py": cpc, "eval.py": evaluation, "detect.py": detect}[script]
@@ -1771,7 +1775,8 @@ def documented_commands():
     return [(m[1], shlex.split(m[2])) for m in matches if m]
 
 
-def test_documented_commands_parse(trained):
+def test_documented_commands_parse(trained, monkeypatch):
+    monkeypatch.setattr(data, "existing", str)  # the user's own pictures and lists
     commands = documented_commands()
     assert len(commands) > 60 and {script for script, _ in commands} == {"cpc", "eval", "detect"}
     for script, flags in commands:
