@@ -183,13 +183,16 @@ def load_objects(name: str, split: str, size: int) -> ShapesObjects | VOCObjects
     which = "trainval" if split == "train" else "test"
     root = data.DOWNLOADS if name == "voc2007" else Path(name)
     names = root / "VOCdevkit/VOC2007/ImageSets/Main" / f"{which}.txt"
-    there = data.from_first(names.is_file)
-    if name == "voc2007" and not there:  # torchvision would unpack again what is there
-        return data.download(VOCObjects, root, "2007", which)
-    if not there:
-        raise SystemExit(f"no {names}: pass --data DIR with VOCdevkit/VOC2007 in it, or "
-                         f"--data shapes")
-    return VOCObjects(root, "2007", which)
+
+    def there() -> bool:
+        if name != "voc2007" and not names.is_file():
+            raise SystemExit(f"no {names}: pass --data DIR with VOCdevkit/VOC2007 in it, or "
+                             f"--data shapes")
+        return names.is_file()
+
+    if data.from_first(there):
+        return VOCObjects(root, "2007", which)
+    return data.download(VOCObjects, root, "2007", which)
 
 
 def objects_transform(train: bool) -> v2.Compose:
