@@ -65,7 +65,7 @@ def extract_patches(images: Tensor, patch: int, stride: int) -> Tensor:
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 [..., 3, H, W] -> float32, zero mean and unit variance by MEAN and STD."""
-    mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
