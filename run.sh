@@ -62,7 +62,7 @@ commands() {  # print the lines and, with a folder of data, run them one by one
 results() {
     data=$1 lines=""
     photos="--tiny --arch small --stem 7x7 --crop 96 --patch 32 --stride 16 --min-area 0.3"
-    photos+=" --hidden 128 --target-dim 64 --lr 2e-3 --warmup 200 --batch-size 64 --epochs 14"
+    photos+=" --hidden 128 --target-dim 64 --lr 2e-3 --warmup 200 --batch-size 64 --epochs 56"
     pixels="--crop 120 --min-area 0.3 --batch-size 32 --min-steps 900 --epochs 10"
     pixels+=" --finetune-epochs 10 --held-out 0.05"
     add export OMP_NUM_THREADS=1
