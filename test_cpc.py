@@ -1280,7 +1280,8 @@ def three_steps(norm):
     torch.manual_seed(0)
     model = cpc.CPC(resnet.Encoder("tiny", norm), 4, [2, 3], 16, 16, emb_scale=1.0)
     model = model.to(memory_format=torch.channels_last)
-    optimizer, ddp = torch.optim.Adam(model.parameters(), 1e-3), DistributedDataParallel(model)
+    # not Adam, which makes whole steps of the rounding where a gradient is next to nothing
+    optimizer, ddp = torch.optim.SGD(model.parameters(), 0.01), DistributedDataParallel(model)
     steps = []
     for step in range(3):
         images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8,
@@ -1357,8 +1358,7 @@ def test_any_number_of_processes_computes_the_same(commands, monkeypatch):
         for norm in one:
             for (patches, gradient, loss), ours in zip(one[norm], steps[norm], strict=True):
                 assert torch.equal(patches, ours[0])
-                # rounding, 1.5e-6 in the first step, and what two steps of Adam make of it
-                assert (gradient - ours[1]).norm() < 5e-5 * gradient.norm()
+                assert (gradient - ours[1]).norm() < 1e-5 * gradient.norm()
                 assert ours[2].item() == pytest.approx(loss.item(), rel=1e-4)
     assert len(events(out / "cpc", "start")) == 2
     states = [resnet.load_encoder(out / name / "encoder.pt")[0].state_dict().values()
