@@ -200,8 +200,8 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     if args.average:  # ours: of the encoder alone: the rest is discarded after training
         parts["average"] = copy.deepcopy(model.encoder)
     start = run.resume("cpc", **parts)
-    results = run.folder / "encoder.pt", run.folder / "retrieval.png"  # the last one written last
-    if start == stop and all(path.exists() for path in results):
+    encoder_file, picture = run.folder / "encoder.pt", run.folder / "retrieval.png"
+    if start == stop and encoder_file.exists() and picture.exists():
         if run.is_main:
             print(f"{run.folder} holds this run, finished")
         return
@@ -231,8 +231,8 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     if run.is_main:
         described = dict(crop=args.crop, patch=args.patch, stride=args.stride, mean=data.MEAN,
                          std=data.STD, trained=run.flags | dict(data=args.data, steps=stop))
-        save_encoder(run.folder / "encoder.pt", parts.get("average", model.encoder), described)
-        save_retrieval(model, dataset, args, device, run.folder / "retrieval.png")
+        save_encoder(encoder_file, parts.get("average", model.encoder), described)
+        save_retrieval(model, dataset, args, device, picture)
         print(f"wrote {run.folder}/encoder.pt, patches.png, retrieval.png, log.jsonl")
 
 

@@ -118,7 +118,7 @@ def augment_patches(images: Tensor, patch: int, stride: int, generator: torch.Ge
 
     rows = cols = torch.arange(patch, device=images.device).expand(B, G, G, patch)
     if jitter:
-        rows, cols = (jittered(patch, uniform()) for _ in range(2))
+        rows, cols = jittered(patch, uniform()), jittered(patch, uniform())
     if flip:  # paper: "randomly flip patches horizontally"
         flipped = uniform() < flip
         cols = torch.where(flipped[..., None], cols.flip(-1), cols)
@@ -223,7 +223,7 @@ class Shapes(Dataset):
         size, x, y, outline = objects[..., :4].unbind(-1)  # [B, 4] each
         count, order = image[:, :1], image[:, 1:5]
         radius = S * (0.17 + 0.07 * size)
-        corner = torch.arange(4)  # one object to a quadrant, so that none hides another
+        corner = torch.arange(4)  # one object to a quadrant: only a diamond's tips may leave it
         room = S / 2 - 2 * radius
         center_x = corner % 2 * S / 2 + radius + room * x
         center_y = corner // 2 * S / 2 + radius + room * y
@@ -333,7 +333,7 @@ def list_folder(root: Path, split: str) -> Dataset:
     """`load_dataset` of the user's own images."""
     if not root.is_dir():
         raise SystemExit(f"no folder {root}: pass --data DIR, or --tiny for the embedded data set")
-    if split == "test" and not (root / "test").is_dir():
+    if split == "test" and (root / "val").is_dir():  # ImageNet's test/ has no labels
         split = "val"
     try:
         if split == "pretrain":
@@ -705,8 +705,8 @@ class Run:
         self.count += 1
 
     def offer(self, score: float | None, module: nn.Module) -> None:
-        """Early stopping (Sec. 2.2, for fine-tuning; ours: in every stage): keep a module's state
-        if its score on held-out images, None if unknown, is this training's best so far."""
+        """Early stopping (Sec. 2.2): keep a module's state if its score on held-out images, None if
+        unknown, is this training's best so far."""
         if score is not None and (self.best is None or score > self.best["score"]):
             self.best = dict(score=score, state=copy.deepcopy(module.state_dict()))
 

@@ -18,6 +18,7 @@ Shapes: R regions, D latent channels, H W an image's sides.
 
 import copy
 import math
+import os
 import time
 from argparse import Namespace
 from operator import itemgetter
@@ -247,10 +248,10 @@ def average_precision(detections: list[dict], truths: list[dict], label: int,
     if not positives:
         return None
     candidates.sort(key=itemgetter(0), reverse=True)
-    hits, taken = [], {None}  # wrong if it matches no object (None), or one already found
+    hits, taken = [], set()
     for _, match, ignored in candidates:
         if not ignored:
-            hits.append(int(match not in taken))
+            hits.append(int(match is not None and match not in taken))
             taken.add(match)
     true_positives = torch.tensor(hits, dtype=torch.float64).cumsum(0)
     recall = true_positives / positives
@@ -287,12 +288,13 @@ def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
     for items in data.load_batches(objects, transform, batches, workers, skip, collate=list):
         ((image, truth),) = items
         (found,) = model(prepare([image], device))
-        pairs.append([{k: v.as_subclass(Tensor).cpu() for k, v in one.items()}
-                      for one in (found, truth)])
+        pairs.append(tuple({k: v.as_subclass(Tensor).cpu() for k, v in one.items()}
+                           for one in (found, truth)))
     shares = [None] * world
     dist.all_gather_object(shares, pairs)
     pairs = [shares[i % world][i // world] for i in range(len(objects))]
-    return tuple(map(list, zip(*pairs)))
+    detections, truths = zip(*pairs)
+    return list(detections), list(truths)
 
 
 def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_out: Subset,
@@ -360,7 +362,8 @@ def run_phases(args: Namespace, source: Source, sets: tuple[Subset, Subset, Data
         began, weights = time.time(), copy.deepcopy(network.state_dict())
         held_map = fit(args, phase, model, train_set, held_out, device, run, key, held_map)
         if phase == "frozen":
-            torch.testing.assert_close(network.state_dict(), weights, rtol=0, atol=0)  # fixed
+            # fixed means bit-identical, batch norm's statistics included
+            torch.testing.assert_close(network.state_dict(), weights, rtol=0, atol=0)
         detections, truths = detect_all(model, test_set, device, args.workers)
         result = dict(encoder=source.name, arch=source.arch, phase=phase, seed=args.seed,
                       held_out_map=held_map, seconds=round(time.time() - began, 1),
@@ -435,7 +438,8 @@ def print_table(results: dict[str, dict], classes: list[str]) -> None:
 
 def detect_one(args: Namespace) -> None:
     """`--detect`: draw what the run in --out finds in one picture, into that run's folder."""
-    models = sorted(Path(args.out).glob("*/model.pt"))
+    # the encoder that was named first was trained first
+    models = sorted(Path(args.out).glob("*/model.pt"), key=os.path.getmtime)
     if not models:
         raise SystemExit(f"no detector in {args.out}: run detect.py first, or pass --out")
     saved = load_file(models[0], "detector")

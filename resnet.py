@@ -44,7 +44,7 @@ ARCHITECTURES = {
     "tiny": ((1, 1, 1), (64, 128, 256), (32, 32, 64), "3x3"),
 }
 # Side and stride of a stem's convolution, stride of the max-pool after it. ours: the last two, for
-# patches of less than 32 pixels.
+# patches that leave the 7x7 stem with maps of a few pixels.
 STEMS = {"7x7": (7, 2, 2), "3x3/2": (3, 2, 1), "3x3": (3, 1, 1)}
 
 
@@ -265,12 +265,12 @@ class TorchvisionResNet(nn.Module):
 class Source(NamedTuple):
     """A feature extractor: what one name on `--encoder` or `--supervised` stands for."""
 
-    name: str  # cpc, random, torchvision; in eval.py also pixels, patched, patched-none
+    name: str  # cpc, random, torchvision; pixels, patched, patched-none: trained by eval.py
     arch: str
     network: type[nn.Module]
     arguments: tuple  # of `network`
     weights: dict | None = None  # a state_dict; None: random weights
-    file: dict | None = None  # what encoder.pt says beside the weights; None: no encoder.pt
+    file: dict | None = None  # what encoder.pt says beside the weights; None: there is none
     supervised: bool = False  # it starts from random weights and learns from labels alone
 
     def make(self, seed: int) -> nn.Module:
@@ -282,12 +282,13 @@ class Source(NamedTuple):
         return network
 
 
-ENCODERS = "FILE: what cpc.py wrote; random: FILE's network; torchvision:resnet50[:WEIGHTS]"
+ENCODERS = ("FILE: what cpc.py wrote; random: the network named before it, untrained; "
+            "torchvision:resnet50[:WEIGHTS]")
 
 
 def find_encoders(names: list[str], stacks: int = 4) -> tuple[list[Source], dict | None]:
     """The encoders that `--encoder` names, and what the first encoder.pt among them says. random,
-    and torchvision's without WEIGHTS, are untrained. Exits with one line on any other name."""
+    and torchvision's without WEIGHTS, are untrained. Exits with one line on another name."""
     sources = []
     for name in names:
         if name == "random":
