@@ -411,18 +411,24 @@ def test_folders(folder, tmp_path):
     assert train.classes == test.classes == ["class 0", "class 1"] and len(test) == 11
     one_class = str(folder / "train" / "class 0")
     assert len(data.load_dataset(one_class, "pretrain", 32)) == 20  # any folder of images
+    imagenet = tmp_path / "imagenet"  # whose test/ has no labels
+    (imagenet / "test").mkdir(parents=True)
+    (imagenet / "val").symlink_to(folder / "test")
+    assert len(data.load_dataset(str(imagenet), "test", 32)) == 11
     transform = data.image_transform("test", 32)
     for image, _ in train:
         assert transform(image).shape == (3, 32, 32) and transform(image).dtype == torch.uint8
+    empty = tmp_path / "empty"
+    empty.mkdir()
     for name, split, message in [("nowhere", "pretrain", "no folder nowhere"),
-                                 (str(tmp_path), "pretrain", "lacks images"),
-                                 (str(tmp_path), "train", "lacks images.*train"),
+                                 (str(empty), "pretrain", "lacks images"),
+                                 (str(empty), "train", "lacks images.*train"),
                                  (one_class, "train", "lacks images.*train")]:
         with pytest.raises(SystemExit, match=message):
             data.load_dataset(name, split, 32)
-    (tmp_path / "train" / "none").mkdir(parents=True)
+    (empty / "train" / "none").mkdir(parents=True)
     with pytest.raises(SystemExit, match="no valid file for the classes none"):
-        data.load_dataset(str(tmp_path), "train", 32)
+        data.load_dataset(str(empty), "train", 32)
 
 
 def test_unreadable_images_are_named_and_skipped_in_training_alone(tmp_path, capfd):
