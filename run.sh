@@ -70,8 +70,10 @@ results() {
     add python cpc.py $photos --bf16 --data $data/photos --out runs/photos
     add python eval.py --encoder runs/photos/encoder.pt --epochs 3 --out runs/photos-linear
     for s in 0 1 2; do
-        add python eval.py --encoder runs/photos/encoder.pt --labels 0.01 0.1 --seed $s \
-            --out runs/photos-labels-$s
+        add python eval.py --encoder runs/photos/encoder.pt --labels 0.01 --finetune-epochs 5 \
+            --seed $s --out runs/photos-labels-1-$s
+        add python eval.py --encoder runs/photos/encoder.pt --labels 0.1 --seed $s \
+            --out runs/photos-labels-10-$s
         add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s $pixels \
             --data $data/photos --out runs/photos-pixels-$s
     done
