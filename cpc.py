@@ -129,6 +129,8 @@ class CPC(nn.Module):
     """Encoder, and one `Direction` for each of the directions.
 
     directions: 1 (above predicts below), 2 (and below above) or 4 (and left right, right left).
+    lengths: the k that are predicted, in rows. paper: Sec. 4.1, {2, 3}, not v1's {2, ..., 5}:
+    "distant patches might lie on distinct objects".
     """
 
     # For each direction, the quarter turns of the grid after which it predicts downwards. Sec. 2.1
@@ -355,8 +357,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--norm", choices=NORMS, default="layer", help="normalisation")  # paper
     add("--stem", choices=STEMS, help="3x3/2, 3x3: for small patches (default: by --arch)")
     add("--directions", type=int, choices=CPC.TURNS, default=4, help="of prediction")  # paper
-    # paper: {2, 3}, not v1's {2, ..., 5}: "distant patches might lie on distinct objects"
-    add("--lengths", type=COUNT, nargs="+", default=[2, 3], metavar="K", help="of prediction, rows")
+    add("--lengths", type=COUNT, nargs="+", default=[2, 3], metavar="K", help="in rows")  # paper
     add("--color-drop", type=SHARE, default=0.5, help="probability for a patch")  # ours: not stated
     add("--flip", type=SHARE, default=0.0, help="probability for a patch")  # paper: no gain here
     add("--jitter", action=BooleanOptionalAction, default=True, help="shift patches")  # paper
