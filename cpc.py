@@ -357,7 +357,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--norm", choices=NORMS, default="layer", help="normalisation")  # paper
     add("--stem", choices=STEMS, help="3x3/2, 3x3: for small patches (default: by --arch)")
     add("--directions", type=int, choices=CPC.TURNS, default=4, help="of prediction")  # paper
-    add("--lengths", type=COUNT, nargs="+", default=[2, 3], metavar="K", help="of prediction")  # paper
+    add("--lengths", type=COUNT, nargs="+", default=[2, 3], metavar="K", help="rows ahead")  # paper
     add("--color-drop", type=SHARE, default=0.5, help="probability for a patch")  # ours: not stated
     add("--flip", type=SHARE, default=0.0, help="probability for a patch")  # paper: no gain here
     add("--jitter", action=BooleanOptionalAction, default=True, help="shift patches")  # paper
