@@ -77,6 +77,9 @@ results() {
         add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s $pixels \
             --data $data/photos --out runs/photos-pixels-$s
     done
+    add python eval.py --encoder runs/photos/encoder.pt --labels 0.05 --out runs/photos-labels-5
+    add python eval.py --head none --supervised medium --labels 0.05 --sweep 4 $pixels \
+        --data $data/photos --out runs/photos-pixels-5
     add "# Shapes, five seeds: pre-training, Fig. 1 at 1 % of the labels"
     for s in 0 1 2 3 4; do
         add python cpc.py --tiny --seed $s --out runs/shapes-$s
