@@ -393,8 +393,8 @@ RECIPES = {
     "linear": dict(epochs=30, min_steps=0, lr=5e-4, weight_decay=0.0, held_out=0.0, distort=False),
     "head": {},
     "small linear": dict(epochs=10, batch_size=64, lr=5e-3),
-    # fine-tuning four times as long as the first stage: it begins by losing what that had, and with
-    # 10 % of the labels ends 5 points above as many steps as the first stage (held-out photos)
+    # Fine-tuning, four times as long as the first stage: accuracy falls at first, and with 10 % of
+    # the labels ends 5 points above that of a fine-tuning as long as the first (held-out photos).
     "small head": dict(epochs=5, min_steps=450, batch_size=32, held_out=0.05, finetune_epochs=20,
                        finetune_lr=1e-3),
     # on the embedded data set, where the whole of ./run.sh takes minutes
