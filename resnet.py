@@ -44,7 +44,7 @@ ARCHITECTURES = {
     "tiny": ((1, 1, 1), (64, 128, 256), (32, 32, 64), "3x3"),
 }
 # Side and stride of a stem's convolution, stride of the max-pool after it. ours: the last two, for
-# patches that leave the 7x7 stem with maps of a few pixels.
+# small patches, whose sides the 7x7 stem would quarter.
 STEMS = {"7x7": (7, 2, 2), "3x3/2": (3, 2, 1), "3x3": (3, 1, 1)}
 
 
