@@ -17,8 +17,9 @@ environment() {
     [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
     "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { echo "run.sh: $venv has no Python 3.10 or newer: remove it, install one" >&2; exit 1; }
-    # one pip call, and only when something is missing: a second run starts at once
-    "$venv/bin/python" -c 'import pytest, torch, torchvision, tqdm' 2>/dev/null ||
+    # one pip call, and only when something is missing or old: a second run starts at once
+    there='import pytest, torchvision, tqdm, torch; assert torch.__version__ >= (2, 9)'
+    "$venv/bin/python" -c "$there" 2>/dev/null ||
         "$venv/bin/python" -m pip install --quiet -r requirements.txt
 }
 
