@@ -281,8 +281,8 @@ def save_retrieval(model: CPC, dataset, args: Namespace, device: torch.device, p
     highest among all patches of 32 training images (not augmented)."""
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:32].tolist()
     transform = data.image_transform("test", args.crop, grey=args.image_aug == "v1")
-    items = data.Seeded(dataset, transform, skip=True).__getitems__([(i, 0) for i in chosen])
-    images = torch.stack([image for image, _ in items]).to(device)
+    seeded = data.Seeded(dataset, transform, skip=True)
+    images = torch.stack([seeded[i, 0][0] for i in chosen]).to(device)
     tiles = torch.stack(rank_patches(model, images, args)).cpu()
     save_enlarged(make_grid(tiles, nrow=7, padding=2, pad_value=1), path, 96 // args.crop)
 

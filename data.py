@@ -25,6 +25,7 @@ import time
 import zlib
 from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -187,101 +188,78 @@ class Shapes(Dataset):
     colours, and the background. So the class cannot be read from colour, size, place or mean
     brightness; it survives a mirror flip; and a larger `size` shows larger objects, same textures.
 
-    item: (image uint8 [3, size, size], class int). `boxes(index)`: the objects' boxes.
+    item: (image uint8 [3, size, size], class int).
     """
 
-    NONE = (math.nan, math.nan)
+    PERIODS = {"coarse": 7.0, "fine": 3.5}  # pixels
     PATTERNS = {  # one wave, or the product of two, along these directions (x, y)
-        "horizontal": ((0, 1), NONE), "vertical": ((1, 0), NONE), "diagonal": ((0.71, 0.71), NONE),
-        "checks": ((1, 0), (0, 1)), "diamonds": ((0.71, 0.71), (0.71, -0.71))}
-    PERIODS = (7.0, 3.5)  # pixels, coarse and fine
-    classes = [" ".join(words) for words in product(("coarse", "fine"), PATTERNS)]
+        "horizontal": [(0, 1)], "vertical": [(1, 0)], "diagonal": [(0.71, 0.71)],
+        "checks": [(1, 0), (0, 1)], "diamonds": [(0.71, 0.71), (0.71, -0.71)]}
+    classes = [" ".join(words) for words in product(PERIODS, PATTERNS)]
     LENGTH = {"train": 4000, "test": 2000}
 
     def __init__(self, split: str, size: int = 32, seed: int = 0):
         self.split, self.size, self.seed = split, size, seed
+        self.targets = [i % len(self.classes) for i in range(self.LENGTH[split])]
 
     def __len__(self) -> int:
-        return self.LENGTH[self.split]
+        return len(self.targets)
 
-    @property
-    def targets(self) -> list[int]:
-        return [i % len(self.classes) for i in range(len(self))]
-
-    def _random(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Uniform numbers in 0..1: [B, 4, 16] of the four objects, [B, 16] of the image."""
-        rows = []
-        for index in indices:
-            seed = derive_seed("shapes", self.split, self.seed, index)
-            rows.append(torch.rand(5, 16, generator=torch.Generator().manual_seed(seed)))
-        rows = torch.stack(rows)
-        return rows[:, :4], rows[:, 4]
+    def _random(self, index: int) -> tuple[Tensor, Tensor]:
+        """Uniform numbers in 0..1: [4, 16] of the four objects, [16] of the image."""
+        seed = derive_seed("shapes", self.split, self.seed, index)
+        numbers = torch.rand(5, 16, generator=torch.Generator().manual_seed(seed))
+        return numbers[:4], numbers[4]
 
     def _masks(self, objects: Tensor, image: Tensor) -> Tensor:
-        """Where the objects are: bool [B, 4, S, S], an absent one empty."""
+        """Where the objects are: bool [4, S, S], an absent one empty."""
         S = self.size
-        size, x, y, outline = objects[..., :4].unbind(-1)  # [B, 4] each
-        count, order = image[:, :1], image[:, 1:5]
+        size, x, y, outline = objects[:, :4].T[..., None, None]  # [4, 1, 1] each
         radius = S * (0.17 + 0.07 * size)
-        corner = torch.arange(4)  # one object to a quadrant: only a diamond's tips may leave it
+        corner = torch.arange(4).view(4, 1, 1)  # one to a quadrant: only a diamond's tips leave it
         room = S / 2 - 2 * radius
         center_x = corner % 2 * S / 2 + radius + room * x
         center_y = corner // 2 * S / 2 + radius + room * y
         axis = torch.arange(S) + 0.5
-        dx = (axis - center_x[..., None]).abs()[..., None, :]  # [B, 4, 1, S]
-        dy = (axis - center_y[..., None]).abs()[..., :, None]  # [B, 4, S, 1]
-        r, outline = radius[..., None, None], (3 * outline[..., None, None]).floor()
-        disc = dx**2 + dy**2 <= r**2
-        square = torch.maximum(dx, dy) <= 0.89 * r  # of the same area, and so is the diamond
-        diamond = dx + dy <= 1.25 * r
+        dx = (axis - center_x).abs()  # [4, 1, S]
+        dy = (axis[:, None] - center_y).abs()  # [4, S, 1]
+        disc = dx**2 + dy**2 <= radius**2
+        square = torch.maximum(dx, dy) <= 0.89 * radius  # of the same area, and so is the diamond
+        diamond = dx + dy <= 1.25 * radius
+        outline = (3 * outline).floor()
         masks = torch.where(outline == 0, disc, torch.where(outline == 1, square, diamond))
-        present = order.argsort(1) < 2 + (3 * count).floor()  # 2, 3 or 4 of the four
-        return masks & present[..., None, None]
+        count, order = image[0], image[1:5]
+        present = order.argsort() < 2 + (3 * count).floor()  # 2, 3 or 4 of the four
+        return masks & present[:, None, None]
 
-    def _waves(self, objects: Tensor, labels: list[int], x: Tensor, y: Tensor) -> Tensor:
-        """The objects' patterns over the whole image: [B, 4, S, S] in -1..1."""
-        phases, mirrored = objects[..., 4:6], objects[..., 6] < 0.5
-        mirror = torch.where(mirrored, -1.0, 1.0)  # [B, 4]: a diagonal leans either way
-        directions = torch.tensor(list(self.PATTERNS.values()))  # [5, 2 waves, (x, y)]
-        speeds = torch.tensor([2 * math.pi / period for period in self.PERIODS])
-        pattern, period = [label % 5 for label in labels], [label // 5 for label in labels]
-        direction = directions[pattern] * speeds[period, None, None]  # [B, 2, 2]
-        kx = (direction[..., :1] * mirror[:, None])[..., None, None]  # [B, 2, 4, 1, 1]
-        ky = direction[..., 1].view(-1, 2, 1, 1, 1)
-        phase = 2 * math.pi * phases.mT[..., None, None]
-        waves = (kx * x + ky * y + phase).sin()  # [B, 2, 4, S, S]
-        return waves.nan_to_num(1.0).prod(1)  # a wave that is not there is 1
-
-    def _background(self, image: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """A slow wave of its own direction and length for each colour channel, so that it has no
-        colour of its own to tell images apart by: [B, 3, S, S]."""
-        angle, length, phase = image[:, 5:8], image[:, 8:11], image[:, 11:14]  # [B, 3] each
-        angle, slow = 2 * math.pi * angle, 0.2 + 0.4 * length
-        kx, ky = (slow * angle.cos())[..., None, None], (slow * angle.sin())[..., None, None]
-        return 0.5 + 0.2 * (kx * x + ky * y + (2 * math.pi * phase)[..., None, None]).sin()
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
-        """Many at once (DataLoader's protocol): ten times faster than one by one."""
-        objects, image = self._random(indices)
-        labels = [i % len(self.classes) for i in indices]
+    @cache  # made once a process
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        label, (objects, image) = self.targets[index], self._random(index)
         axis = torch.arange(self.size, dtype=torch.float32)
         x, y = axis.view(1, -1), axis.view(-1, 1)
-        masks, waves = self._masks(objects, image), self._waves(objects, labels, x, y)
-        pixels = self._background(image, x, y)  # [B, 3, S, S]
-        one_color, other_color = objects[..., 7:10, None, None], objects[..., 10:13, None, None]
-        for n in range(4):  # each object between two colours of its own
-            between = 0.5 + 0.5 * waves[:, n, None]
-            paint = torch.lerp(one_color[:, n], other_color[:, n], between)
-            pixels = torch.where(masks[:, n, None], paint, pixels)
-        return list(zip((255 * pixels).to(torch.uint8), labels))
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.__getitems__([range(len(self))[index]])[0]
+        # the background, a slow wave of its own direction and length for each colour channel: it
+        # has no colour of its own to tell images apart by
+        angle, length, phase = image[5:14].view(3, 3, 1, 1)  # [3, 1, 1] each
+        angle, slow = 2 * math.pi * angle, 0.2 + 0.4 * length
+        wave = (slow * angle.cos() * x + slow * angle.sin() * y + 2 * math.pi * phase).sin()
+        pixels = 0.5 + 0.2 * wave  # [3, S, S]
+        # the class's pattern over the whole image, for each object: [4, S, S] in -1..1
+        period, name = self.classes[label].split()
+        directions = torch.tensor(self.PATTERNS[name]) * (2 * math.pi / self.PERIODS[period])
+        mirror = torch.where(objects[:, 6, None, None] < 0.5, -1.0, 1.0)  # diagonals: either way
+        pattern = 1.0
+        for (kx, ky), phase in zip(directions, objects[:, 4:6].T[..., None, None]):
+            pattern = pattern * (kx * mirror * x + ky * y + 2 * math.pi * phase).sin()
+        # each object between two colours of its own
+        one_color, other_color = objects[:, 7:10, None, None], objects[:, 10:13, None, None]
+        paint = torch.lerp(one_color, other_color, (0.5 + 0.5 * pattern)[:, None])  # [4, 3, S, S]
+        for mask, painted in zip(self._masks(objects, image), paint):
+            pixels = torch.where(mask, painted, pixels)
+        return (255 * pixels).to(torch.uint8), label
 
     def boxes(self, index: int) -> Tensor:
-        """The objects' boxes: x1 y1 x2 y2 in pixels, the ends exclusive, float32 [n, 4]. Every
-        object is of the image's class."""
-        masks = self._masks(*self._random([index]))[0]
+        """The objects' boxes: x1 y1 x2 y2 in pixels, the ends exclusive, float32 [n, 4]."""
+        masks = self._masks(*self._random(index))
         present = masks[masks.any(2).any(1)]
         return masks_to_boxes(present) + torch.tensor([0.0, 0.0, 1.0, 1.0])
 
@@ -421,14 +399,12 @@ class Seeded(Dataset):
         self.dataset, self.transform, self.skip = dataset, transform, skip
         self.named = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # by any worker
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple]:
-        indices, seeds = zip(*keys)
-        if isinstance(getattr(self.dataset, "dataset", self.dataset), Shapes):  # of a Subset, too
-            items = self.dataset.__getitems__(indices)
-        else:
-            items = [self._read(index) for index in indices]
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        index, seed = key
+        item = self._read(index)
         with torch.random.fork_rng(devices=[]):
-            return [self._augment(item, seed) for item, seed in zip(items, seeds)]
+            torch.default_generator.manual_seed(seed)  # torchvision's transforms draw from this one
+            return self.transform(*item)  # (image, label); the boxes of a label follow the image
 
     def _read(self, index: int) -> tuple:
         while True:
@@ -443,10 +419,6 @@ class Seeded(Dataset):
                 if new:
                     print(f"skipped: {error}", file=sys.stderr, flush=True)
                 index = (index + 1) % len(self.named)
-
-    def _augment(self, item: tuple, seed: int) -> tuple:
-        torch.default_generator.manual_seed(seed)  # torchvision's transforms draw from this one
-        return self.transform(*item)  # (image, label); the boxes of a label follow the image
 
 
 def train_batches(length: int, batch: int, seed: int, start: int, stop: int) -> Iterator:

@@ -145,12 +145,9 @@ class ShapesObjects(data.Shapes):
     LENGTH = {"train": 4000, "test": 200}
     names = [f"{i:05d}" for i in range(4000)]
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, dict]]:
-        items = []
-        for index, (image, label) in zip(indices, super().__getitems__(indices)):
-            boxes = self.boxes(index)
-            items.append(with_truth(image, boxes, [1 + label] * len(boxes), [False] * len(boxes)))
-        return items
+    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
+        (image, label), boxes = super().__getitem__(index), self.boxes(index)
+        return with_truth(image, boxes, [1 + label] * len(boxes), [False] * len(boxes))
 
 
 class VOCObjects(datasets.VOCDetection):

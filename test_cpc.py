@@ -342,7 +342,7 @@ def test_every_image_once_an_epoch():
 
 def test_shapes_is_a_function_of_seed_and_index():
     a, b = data.Shapes("train"), data.Shapes("train")
-    assert torch.equal(a[17][0], b.__getitems__([3, 17])[1][0])
+    assert torch.equal(a[17][0], b[17][0])
     assert not torch.equal(a[17][0], data.Shapes("test")[17][0])
     assert not torch.equal(a[17][0], data.Shapes("train", seed=1)[17][0])
 
@@ -359,7 +359,7 @@ def test_shapes_boxes(size):
         assert (boxes >= 0).all() and (boxes <= size).all()
         sides = boxes[:, 2:] - boxes[:, :2]
         assert (sides >= 0.25 * size).all() and (sides <= 0.63 * size).all()
-        masks = shapes._masks(*shapes._random([index]))[0].any(0)
+        masks = shapes._masks(*shapes._random(index)).any(0)
         inside = torch.zeros(size, size, dtype=torch.bool)
         for x1, y1, x2, y2 in boxes.int().tolist():
             inside[y1:y2, x1:x2] = True
@@ -373,7 +373,8 @@ def test_shapes_class_cannot_be_read_from_pixels():
     """A linear model on raw pixels, or on colours, stays near chance (10 %). No pixel's mean
     depends on the class; what little is left lies in the variance of the model's scores."""
     def load(split, n):
-        items = data.Shapes(split).__getitems__(list(range(n)))
+        shapes = data.Shapes(split)
+        items = [shapes[i] for i in range(n)]
         return torch.stack([x for x, _ in items]).float() / 255, torch.tensor([y for _, y in items])
     (x, y), (test_x, test_y) = load("train", 4000), load("test", 2000)
     features = {
@@ -566,7 +567,8 @@ def test_one_batch_can_be_learned():
     torch.manual_seed(0)
     model = cpc.CPC(resnet.Encoder("tiny"), 4, [2, 3], hidden=32, target_dim=32, emb_scale=1.0)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    images = torch.stack([x for x, _ in data.Shapes("train").__getitems__(list(range(4)))])
+    shapes = data.Shapes("train")
+    images = torch.stack([shapes[i][0] for i in range(4)])
     patches = data.to_patches(images, CPU, 8, 6)
     for _ in range(40):
         loss, accuracy = model(patches)
