@@ -389,10 +389,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if early.tiny:
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
-    try:
-        G = data.grid_side(args.crop, args.patch, args.stride)
-    except ValueError as error:
-        parser.error(str(error))
+    if args.patch > args.crop or (args.crop - args.patch) % args.stride:
+        parser.error(f"crop {args.crop}, patch {args.patch}, stride {args.stride}: patches do not "
+                     f"tile the crop (crop - patch must be a multiple of stride)")
+    G = data.grid_side(args.crop, args.patch, args.stride)
     if max(args.lengths) >= G or len(set(args.lengths)) < len(args.lengths):
         parser.error(f"--lengths {args.lengths} on a {G}x{G} grid: each must be 1 to {G - 1}, and "
                      f"named once")

@@ -49,17 +49,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def grid_side(crop: int, patch: int, stride: int) -> int:
-    """G, the number of patches along a side. ValueError, with the numbers, if they do not tile."""
-    if not 0 < stride or not 0 < patch <= crop or (crop - patch) % stride:
-        raise ValueError(f"crop {crop}, patch {patch}, stride {stride}: patches do not tile the "
-                         f"crop (crop - patch must be a multiple of stride)")
+    """G, the number of patches along a side."""
     return (crop - patch) // stride + 1
 
 
 def extract_patches(images: Tensor, patch: int, stride: int) -> Tensor:
     """Cut overlapping patches (Sec. 2.1; A.3: 80x80 at stride 32 out of 240x240 -> 6x6): a view, in
     which overlapping patches share their pixels. [B, 3, S, S] -> [B, G, G, 3, P, P]"""
-    grid_side(images.shape[-1], patch, stride)
     view = images.unfold(2, patch, stride).unfold(3, patch, stride)  # [B, 3, G, G, P, P]
     return view.permute(0, 2, 3, 1, 4, 5)
 
