@@ -711,8 +711,7 @@ class Run:
                 yield step, batch
                 self.step = done = step + 1
                 if step % 20 == 0:  # reading a value waits for a GPU
-                    shown = (self._means() | self.notes).items()
-                    bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in shown), False)
+                    bar.set_postfix(self._means() | self.notes, refresh=False)
                 caught, late = self._agree()
                 if due(done):
                     means = {name: float(f"{mean:.7g}") for name, mean in self._means().items()}
