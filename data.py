@@ -421,12 +421,11 @@ def train_batches(length: int, batch: int, seed: int, start: int, stop: int) -> 
     """This rank's share of every global batch, for steps `start` to `stop` counted over the whole
     run: continuing is starting at another step. Every epoch is a new permutation, its last partial
     batch dropped. Yields lists of (index, seed)."""
-    shuffled = None
     for step in range(start, stop):
         epoch, position = divmod(step, length // batch)
-        if epoch != shuffled:
+        if position == 0 or step == start:
             generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-            order, shuffled = torch.randperm(length, generator=generator), epoch
+            order = torch.randperm(length, generator=generator)
         everyones = order[position * batch:(position + 1) * batch]
         mine = everyones[dist.get_rank()::dist.get_world_size()].tolist()
         yield [(i, derive_seed(seed, "image", epoch, i)) for i in mine]
