@@ -242,7 +242,7 @@ class Shapes(Dataset):
         # the class's pattern over the whole image, for each object: [4, S, S] in -1..1
         period, name = self.classes[label].split()
         directions = torch.tensor(self.PATTERNS[name]) * (2 * math.pi / self.PERIODS[period])
-        mirror = torch.where(objects[:, 6, None, None] < 0.5, -1.0, 1.0)  # diagonals: either way
+        mirror = torch.where(objects[:, 6, None, None] < 0.5, -1.0, 1.0)  # leaning left or right
         pattern = 1.0
         for (kx, ky), phase in zip(directions, objects[:, 4:6].T[..., None, None]):
             pattern = pattern * (kx * mirror * x + ky * y + 2 * math.pi * phase).sin()
@@ -300,11 +300,7 @@ def load_dataset(data: str, split: str, size: int) -> Dataset:
     if data == "imagenette":
         download(datasets.Imagenette, DOWNLOADS)
         data = DOWNLOADS / "imagenette2"
-    return from_first(lambda: list_folder(Path(data), split))
-
-
-def list_folder(root: Path, split: str) -> Dataset:
-    """`load_dataset` of the user's own images."""
+    root = Path(data)
     if not root.is_dir():
         raise SystemExit(f"no folder {root}: pass --data DIR, or --tiny for the embedded data set")
     if split == "test" and (root / "val").is_dir():  # ImageNet's test/ has no labels
