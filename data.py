@@ -317,7 +317,10 @@ def load_dataset(data: str, split: str, size: int) -> Dataset:
 def download(dataset: Callable[..., Dataset], *arguments) -> Dataset:
     """One of torchvision's: the first process of each node downloads it, then all read it."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        dataset(*arguments, download=True)
+        try:
+            dataset(*arguments)
+        except (RuntimeError, FileNotFoundError):  # not there yet
+            dataset(*arguments, download=True)
     dist.barrier()
     return dataset(*arguments)
 

@@ -179,18 +179,13 @@ def load_objects(name: str, split: str, size: int) -> ShapesObjects | VOCObjects
     if name == "shapes":
         return ShapesObjects(split, size)
     which = "trainval" if split == "train" else "test"
-    root = data.DOWNLOADS if name == "voc2007" else Path(name)
-    names = root / "VOCdevkit/VOC2007/ImageSets/Main" / f"{which}.txt"
-
-    def there() -> bool:
-        if name != "voc2007" and not names.is_file():
-            raise SystemExit(f"no {names}: pass --data DIR with VOCdevkit/VOC2007 in it, or "
-                             f"--data shapes")
-        return names.is_file()
-
-    if data.from_first(there):
-        return VOCObjects(root, "2007", which)
-    return data.download(VOCObjects, root, "2007", which)
+    if name == "voc2007":
+        return data.download(VOCObjects, data.DOWNLOADS, "2007", which)
+    names = Path(name) / "VOCdevkit/VOC2007/ImageSets/Main" / f"{which}.txt"
+    if not names.is_file():
+        raise SystemExit(f"no {names}: pass --data DIR with VOCdevkit/VOC2007 in it, or "
+                         f"--data shapes")
+    return VOCObjects(name, "2007", which)
 
 
 def objects_transform(train: bool) -> v2.Compose:
