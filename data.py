@@ -364,8 +364,7 @@ def read_subset(path: str, dataset: Dataset) -> list[int]:
     index = {name: i for i, name in enumerate(names)}
     if len(set(short)) == len(short):
         index |= {name: i for i, name in enumerate(short)}
-    lines = Path(path).read_text("utf-8", "surrogateescape").split("\n")
-    wanted = [line.strip() for line in lines if line.strip()]
+    wanted = [line for line in Path(path).read_text("utf-8").splitlines() if line]
     unknown = [name for name in wanted if name not in index]
     if unknown or not wanted:
         raise SystemExit(f"--subset {path}: {len(unknown)} of {len(wanted)} lines name no training "
