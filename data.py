@@ -532,20 +532,6 @@ class GatherBatch(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def from_first(make: Callable):
-    """Call make() on the first process only: all return its value, or exit if it did."""
-    box = [None]
-    if dist.get_rank() == 0:
-        try:
-            box = [make()]
-        except SystemExit as error:
-            box = [error]
-    dist.broadcast_object_list(box)
-    if isinstance(box[0], SystemExit):
-        raise box[0] if dist.get_rank() == 0 else SystemExit(1)
-    return box[0]
-
-
 # ---- A run: its folder, log, checkpoint and signals ----------------------------------------------
 
 
@@ -575,21 +561,22 @@ class Run:
         self.flags = {k: v for k, v in vars(args).items() if k not in self.MAY_DIFFER}
         facts["images"] = [len(names), names[0], names[-1]]
         self.identity, self.lines = facts | self.flags, []
-        self.done, self.solution, self.unfinished, self.label = {}, {}, None, None
+        self.done, self.solution, self.label = {}, {}, None
         self.save_seconds, self.saved_at = 60 * args.save_every, time.monotonic()
         self.signal = 0
-        if from_first(self._open):
-            saved = load_file(self.folder / "checkpoint.pt", "checkpoint")
-            for key, now in self.identity.items():
-                before = saved["identity"].get(key)
-                if before != now:
-                    line = (f"{self.folder} holds a run with {key.replace('_', '-')} {before}, not "
-                            f"{now}: use the same, or another --out")
-                    raise SystemExit(line if self.is_main else 1)
-            self.done, self.solution = saved["done"], saved["solution"]
-            self.unfinished, self.lines = saved["training"], saved["log"]
-        else:
-            self.save()
+        problem = [self._open() if self.is_main else None]
+        dist.broadcast_object_list(problem)
+        if problem[0]:
+            raise SystemExit(problem[0] if self.is_main else 1)
+        saved = load_file(self.folder / "checkpoint.pt", "checkpoint")
+        for key, now in self.identity.items():
+            before = saved["identity"].get(key)
+            if before != now:
+                line = (f"{self.folder} holds a run with {key.replace('_', '-')} {before}, not "
+                        f"{now}: use the same, or another --out")
+                raise SystemExit(line if self.is_main else 1)
+        self.done, self.solution = saved["done"], saved["solution"]
+        self.unfinished, self.lines = saved["training"], saved["log"]
         if self.is_main:
             self.file.truncate(0)
             self.file.writelines(self.lines)
@@ -601,22 +588,22 @@ class Run:
         self.log("start", **vars(args), **facts, **versions, world_size=dist.get_world_size(),
                  time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
-    def _open(self) -> bool:
-        """Take the folder, on the first process: whether there is a checkpoint in it."""
+    def _open(self) -> str | None:
+        """Take the folder, with a checkpoint of no step if it is empty; or why it cannot be."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.folder / "log.jsonl", "a")
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SystemExit(f"another run is writing to {self.folder}: pass another --out")
+            return f"another run is writing to {self.folder}: pass another --out"
         except OSError as error:
-            raise SystemExit(f"cannot use --out {self.folder}: {error.strerror}")
-        there = (self.folder / "checkpoint.pt").exists()
-        # the log was opened at its end
-        if not there and (self.file.tell() or (self.folder / "encoder.pt").exists()):
-            raise SystemExit(f"{self.folder} holds a run without its checkpoint, or what is not "
-                             f"ours: pass another --out")
-        return there
+            return f"cannot use --out {self.folder}: {error.strerror}"
+        if not (self.folder / "checkpoint.pt").exists():
+            # the log was opened at its end
+            if self.file.tell() or (self.folder / "encoder.pt").exists():
+                return (f"{self.folder} holds a run without its checkpoint, or what is not ours: "
+                        f"pass another --out")
+            self.save()
 
     def log(self, event: str, **fields) -> None:
         """Append a JSON line, on rank 0."""
