@@ -225,43 +225,36 @@ def average_precision(detections: list[dict], truths: list[dict], label: int,
     A detection is right if its IoU with the object of its class that it overlaps most is at least
     `threshold`, and if no better one has found this object before. One that matches a `difficult`
     object counts neither way. detections: boxes [n, 4], labels [n], scores [n] of each image."""
-    candidates, positives = [], 0  # (score, the object it matches or None, whether it is ignored)
+    candidates, positives = [], 0  # (score, the object it matches or None)
     for image, (found, truth) in enumerate(zip(detections, truths, strict=True)):
         mine, true = found["labels"] == label, truth["labels"] == label
         difficult = truth["difficult"][true]
         positives += int((~difficult).sum())
         ious = box_iou(found["boxes"][mine], truth["boxes"][true])  # [n, objects]
         for score, row in zip(found["scores"][mine].tolist(), ious):
-            match, ignored = None, False
-            if len(row) and row.max() >= threshold:
-                n = int(row.argmax())
-                match, ignored = (image, n), bool(difficult[n])
-            candidates.append((score, match, ignored))
+            if not len(row) or row.max() < threshold:
+                candidates.append((score, None))
+            elif not difficult[row.argmax()]:
+                candidates.append((score, (image, int(row.argmax()))))
     if not positives:
         return None
     candidates.sort(key=itemgetter(0), reverse=True)
-    hits, taken = [], set()
-    for _, match, ignored in candidates:
-        if not ignored:
-            hits.append(int(match is not None and match not in taken))
-            taken.add(match)
+    hits, taken = [], {None}
+    for _, match in candidates:
+        hits.append(match not in taken)
+        taken.add(match)
     true_positives = torch.tensor(hits, dtype=torch.float64).cumsum(0)
     recall = true_positives / positives
     precision = true_positives / torch.arange(1, len(hits) + 1)
-    best = []
-    for tenth in range(11):
-        reached = precision[recall >= tenth / 10 - 1e-9]
-        best.append(reached.max().item() if len(reached) else 0.0)
+    best = [max(precision[recall >= tenth / 10 - 1e-9].tolist(), default=0.0)
+            for tenth in range(11)]
     return sum(best) / 11
 
 
 def average_precisions(detections: list[dict], truths: list[dict], classes: list[str]) -> dict:
     """In percent: `ap` of each class that has objects, and their mean, `mAP`."""
-    ap = {}
-    for label, name in enumerate(classes, 1):
-        value = average_precision(detections, truths, label)
-        if value is not None:
-            ap[name] = round(100 * value, 3)
+    values = [average_precision(detections, truths, 1 + n) for n in range(len(classes))]
+    ap = {name: round(100 * v, 3) for name, v in zip(classes, values) if v is not None}
     return {"mAP": round(sum(ap.values()) / max(1, len(ap)), 3), "ap": ap}
 
 
@@ -270,7 +263,7 @@ def average_precisions(detections: list[dict], truths: list[dict], classes: list
 
 @torch.no_grad()
 def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
-               workers: int | None) -> tuple[list[dict], list[dict]]:
+               workers: int | None) -> tuple[tuple[dict], tuple[dict]]:
     """Every image's detections, boxes in its own pixels, and its truth; from all processes."""
     model.eval()
     batches, world = data.test_batches(len(objects), 1), dist.get_world_size()
@@ -285,8 +278,7 @@ def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
     shares = [None] * world
     dist.all_gather_object(shares, pairs)
     pairs = [shares[i % world][i // world] for i in range(len(objects))]
-    detections, truths = zip(*pairs)
-    return list(detections), list(truths)
+    return tuple(zip(*pairs))
 
 
 def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_out: Subset,
