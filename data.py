@@ -755,12 +755,11 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterator,
     return norm
 
 
-def fingerprints(names: list[str]) -> list:
+def fingerprint(name: str) -> int | str:
     """A file counts by its content (also torchvision:MODEL:FILE), so it may be moved; a name that
     is no file counts as it is."""
-    paths = [name.rpartition(":")[2] for name in names]
-    return [zlib.crc32(Path(path).read_bytes()) if os.path.isfile(path) else name
-            for name, path in zip(names, paths)]
+    path = name.rpartition(":")[2]
+    return zlib.crc32(Path(path).read_bytes()) if os.path.isfile(path) else name
 
 
 # ---- Command lines -------------------------------------------------------------------------------

@@ -492,7 +492,7 @@ def main(args: Namespace) -> None:
     chosen, held = data.label_subset([0] * len(whole), 1.0, args.seed, args.held_out)
     train_set, held_out = Subset(whole, chosen), Subset(whole, held)
     run = data.Run(args, whole.names, processes=dist.get_world_size(),
-                   encoders=data.fingerprints(args.encoder))
+                   encoders=list(map(data.fingerprint, args.encoder)))
     if run.is_main:
         print(f"{len(train_set)} training, {len(held_out)} held-out and {len(test_set)} test "
               f"images, {args.batch_size} a step on {dist.get_world_size()} x {device.type}")

@@ -506,8 +506,8 @@ def main(args: Namespace) -> None:
         raise SystemExit(f"--held-out {args.held_out} of {len(train_set)} images in {classes} "
                          f"classes is none: raise it, or pass 0 for a fixed schedule")
     rows = vars(args).pop("rows")
-    run = data.Run(args, data.names_of(train_set), processes=dist.get_world_size(),
-                   files=data.fingerprints([*args.encoder, args.subset or ""]))
+    files = [data.fingerprint(name) for name in (*args.encoder, args.subset or "")]
+    run = data.Run(args, data.names_of(train_set), processes=dist.get_world_size(), files=files)
     names = ("epochs", "min_steps", "batch_size", "lr", "weight_decay", "dropout")
     for seed in seeds:
         for row in rows:
