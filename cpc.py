@@ -393,9 +393,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         parser.error(f"crop {args.crop}, patch {args.patch}, stride {args.stride}: patches do not "
                      f"tile the crop (crop - patch must be a multiple of stride)")
     G = data.grid_side(args.crop, args.patch, args.stride)
-    if max(args.lengths) >= G or len(set(args.lengths)) < len(args.lengths):
-        parser.error(f"--lengths {args.lengths} on a {G}x{G} grid: each must be 1 to {G - 1}, and "
-                     f"named once")
+    if max(args.lengths) >= G:
+        parser.error(f"--lengths {args.lengths} on a {G}x{G} grid: each must be 1 to {G - 1}")
     if (args.stem or ARCHITECTURES[args.arch][3]) == "7x7" and args.patch < 32:
         parser.error(f"--patch {args.patch} is too small for the 7x7 stem: pass --stem 3x3")
     return args

@@ -1683,7 +1683,6 @@ PIXELS = ["--tiny", "--head", "none", "--supervised"]
     ("cpc.py", ["--data", "nowhere"], "no folder nowhere"),
     ("cpc.py", ["--tiny", "--stride", "7"], "crop 32, patch 8, stride 7"),
     ("cpc.py", ["--tiny", "--lengths", "2", "5"], "on a 5x5 grid"),
-    ("cpc.py", ["--tiny", "--lengths", "2", "2"], "and named once"),
     ("cpc.py", ["--tiny", "--workers", "-5"], "-5 is not between 0"),
     ("cpc.py", ["--tiny", "--emb-scale", "nan"], "nan is not between"),
     ("cpc.py", ["--tiny", "--batch-size", "0"], "0 is not between 1"),
