@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 import zlib
-from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import product
@@ -273,9 +272,9 @@ class Unlabelled(datasets.ImageFolder):
     folders in them are called: enough for Sec. 2.1, where no label is used."""
 
     def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
-        places = [Path(directory) / name for name in ("train", "unlabelled", "unlabeled")]
-        there = [place.name for place in places if place.is_dir() and any(place.iterdir())]
-        return there or ["."], dict.fromkeys(there or ["."], 0)
+        names = ("train", "unlabelled", "unlabeled")
+        there = [name for name in names if (Path(directory) / name).is_dir()] or ["."]
+        return there, dict.fromkeys(there, 0)
 
 
 DOWNLOADS = Path("datasets")  # where torchvision keeps what it downloads
@@ -349,7 +348,7 @@ def label_subset(targets: list[int], fraction: float, seed: int,
         of_class.setdefault(y, []).append(i)
     for label, indices in of_class.items():
         random.Random(derive_seed(seed, "subset", label)).shuffle(indices)
-        last = len(indices) - min(round(held_out * len(indices)), len(indices) - 1)
+        last = len(indices) - round(held_out * len(indices))  # held_out is a half at most
         chosen += indices[:min(last, max(1, round(fraction * len(indices))))]
         held += indices[last:]
     return sorted(chosen), sorted(held)
@@ -805,7 +804,7 @@ def make_parser(doc: str, out: str) -> argparse.ArgumentParser:
     add("--out", default=out, help="the run's folder; the same command continues it")
     add("--seed", type=number(0, 2**61, int), default=0, help="seed of all random numbers")
     add("--workers", type=number(0, 1024, int), help="loading processes (default: cores left over)")
-    add("--bf16", action=BooleanOptionalAction, help="bfloat16 autocast (default: by the hardware)")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="autocast (default: by the hardware)")
     add("--save-every", type=number(0, 1e6), default=10.0, metavar="MINUTES", help="between "
         "checkpoints")
     return parser
