@@ -221,17 +221,17 @@ class Shapes(Dataset):
         disc = dx**2 + dy**2 <= radius**2
         square = torch.maximum(dx, dy) <= 0.89 * radius  # of the same area, and so is the diamond
         diamond = dx + dy <= 1.25 * radius
-        outline = (3 * outline).floor()
-        masks = torch.where(outline == 0, disc, torch.where(outline == 1, square, diamond))
+        masks = torch.where(outline < 1 / 3, disc, torch.where(outline < 2 / 3, square, diamond))
         count, order = image[0], image[1:5]
         present = order.argsort() < 2 + (3 * count).floor()  # 2, 3 or 4 of the four
         return masks & present[:, None, None]
 
     @cache  # made once a process
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        label, (objects, image) = self.targets[index], self._random(index)
-        axis = torch.arange(self.size, dtype=torch.float32)
-        x, y = axis.view(1, -1), axis.view(-1, 1)
+        label = self.targets[index]
+        objects, image = self._random(index)
+        x = torch.arange(self.size, dtype=torch.float32)
+        y = x[:, None]
         # the background, a slow wave of its own direction and length for each colour channel: it
         # has no colour of its own to tell images apart by
         angle, length, phase = image[5:14].view(3, 3, 1, 1)  # [3, 1, 1] each

@@ -146,7 +146,8 @@ class ShapesObjects(data.Shapes):
     names = [f"{i:05d}" for i in range(4000)]
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        (image, label), boxes = super().__getitem__(index), self.boxes(index)
+        image, label = super().__getitem__(index)
+        boxes = self.boxes(index)
         return with_truth(image, boxes, [1 + label] * len(boxes), [False] * len(boxes))
 
 
