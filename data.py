@@ -348,9 +348,9 @@ def label_subset(targets: list[int], fraction: float, seed: int,
         of_class.setdefault(y, []).append(i)
     for label, indices in of_class.items():
         random.Random(derive_seed(seed, "subset", label)).shuffle(indices)
-        last = len(indices) - round(held_out * len(indices))  # held_out is a half at most
-        chosen += indices[:min(last, max(1, round(fraction * len(indices))))]
-        held += indices[last:]
+        end = len(indices) - round(held_out * len(indices))  # held_out is a half at most
+        chosen += indices[:min(end, max(1, round(fraction * len(indices))))]
+        held += indices[end:]
     return sorted(chosen), sorted(held)
 
 
@@ -385,8 +385,8 @@ class Seeded(Dataset):
     or in what order, changes nothing. key: (index, seed).
 
     skip: in training, an image that cannot be read is named on stderr, and the next one takes its
-    place, until a process has met more than three, and more than one in a hundred; without, it is
-    an error."""
+    place, until a process with its workers has met more than three, and more than one in a hundred;
+    without, it is an error."""
 
     def __init__(self, dataset: Dataset, transform: v2.Transform, skip: bool = False):
         self.dataset, self.transform, self.skip = dataset, transform, skip
@@ -445,7 +445,7 @@ def ignore_signals(worker: int) -> None:
 @atexit.register
 def end_workers() -> None:
     """Workers ignore SIGTERM (above): Python's own terminate and join would wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their end is no failure
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise at their end
     for worker in multiprocessing.active_children():
         worker.kill()
 
@@ -498,9 +498,10 @@ def start_process(args: argparse.Namespace) -> torch.device:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     if not dist.is_initialized():
         store, rank, world = dist.HashStore(), 0, 1
-        if "RANK" in os.environ:  # torchrun's outlives a restart, with dead processes' addresses
+        if "RANK" in os.environ:
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store, rank, world = next(dist.rendezvous("env://"))
+            # torchrun's store outlives a restart, and so do the addresses of dead processes in it
             store = dist.PrefixStore(f"start {restarts}", store)
         gpu = device if device.type == "cuda" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=gpu)
@@ -615,7 +616,7 @@ class Run:
         """Replace the checkpoint; Diverged if what was tallied is not finite."""
         training = None
         if self.label:
-            self._means()
+            self._means()  # for its check alone
             parts = {name: part.state_dict() for name, part in self.parts.items()}
             training = dict(label=self.label, step=self.step, parts=parts, sums=self.sums,
                             count=self.count, best=self.best)
@@ -713,7 +714,7 @@ class Run:
             self.label, self.parts = None, {}
         caught, _ = self._agree()  # or one that came during the last save
         if caught:
-            self._leave(caught)
+            self._leave(caught)  # in every process, as `_agree` says
 
     def _agree(self) -> tuple[int, int]:
         """Over all processes: the signal that one has caught; does rank 0's clock ask to save?"""
@@ -766,7 +767,7 @@ def fingerprint(name: str) -> int | str:
 
 def number(low: float, high: float, kind: type = float) -> Callable[[str], float]:
     """A flag's type: a number in a range."""
-    def number(text: str) -> float:  # "invalid number value: 'x'", says argparse
+    def number(text: str) -> float:  # argparse shows its name: "invalid number value: 'x'"
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")

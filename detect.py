@@ -278,6 +278,7 @@ def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
                            for one in (found, truth)))
     shares = [None] * world
     dist.all_gather_object(shares, pairs)
+    # in the data set's order again: `test_batches` dealt them out
     pairs = [shares[i % world][i // world] for i in range(len(objects))]
     return tuple(zip(*pairs))
 
