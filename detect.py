@@ -240,7 +240,7 @@ def average_precision(detections: list[dict], truths: list[dict], label: int,
     if not positives:
         return None
     candidates.sort(key=itemgetter(0), reverse=True)
-    hits, taken = [], {None}
+    hits, taken = [], {None}  # what matches no object is no hit
     for _, match in candidates:
         hits.append(match not in taken)
         taken.add(match)
@@ -264,7 +264,7 @@ def average_precisions(detections: list[dict], truths: list[dict], classes: list
 
 @torch.no_grad()
 def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
-               workers: int | None) -> tuple[tuple[dict], tuple[dict]]:
+               workers: int | None) -> tuple[tuple[dict, ...], tuple[dict, ...]]:
     """Every image's detections, boxes in its own pixels, and its truth; from all processes."""
     model.eval()
     batches, world = data.test_batches(len(objects), 1), dist.get_world_size()

@@ -518,9 +518,10 @@ def main(args: Namespace) -> None:
                 if row.supervised:
                     # ours: random weights need longer: 2.5 times CPC's first stage, or as long as
                     # its two stages together, whichever is longer
-                    both = 0 if args.head == "none" else 1 + args.finetune_epochs / args.epochs
-                    recipe["epochs"] *= max(2.5, both)
-                    recipe["min_steps"] *= max(2.5, both)
+                    stages = 0 if args.head == "none" else 1 + args.finetune_epochs / args.epochs
+                    longer = max(2.5, stages)
+                    recipe["epochs"] *= longer
+                    recipe["min_steps"] *= longer
                 if args.sweep:
                     recipe = choose_recipe(cell, recipe, args.sweep, run)
                 classify(cell, recipe, run)
