@@ -40,8 +40,8 @@ from resnet import ARCHITECTURES, NORMS, STEMS, Conv1x1, Encoder, save_encoder
 
 class PixelCNN(nn.Module):
     """The context network g_phi (A.2 `pixelCNN`): [B, D, G, G] -> [B, D, G, G], where c[i, j] sees
-    z[u, v] for rows u <= i only (Sec. 2.1; its own row included), one row and one column further
-    with each of the five blocks. The mask is the padding: it adds rows above, never below."""
+    z[u, v] for rows u <= i only (Sec. 2.1). Each of the five blocks reaches one row further up and
+    one column further to either side. The mask is the padding: it adds rows above, never below."""
 
     def __init__(self, channels: int, hidden: int = 256):
         super().__init__()
@@ -149,11 +149,11 @@ class CPC(nn.Module):
             for _ in self.turns)
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Augmented patches [B, G, G, 3, P, P] -> loss and contrastive accuracy, two scalars,
-        means over directions and lengths.
+        """Augmented patches [B, G, G, 3, P, P] -> loss and contrastive accuracy, two scalars.
 
-        paper: L_CPC sums over i, j, k; differs: the mean, which only rescales it and has log(N*G*G)
-        as chance. A.2's range(2, 3) holds k = 3 alone; Sec. 4.1's k in {2, 3} is what we take."""
+        paper: L_CPC sums over i, j, k. differs: the mean over the positions of each k, whose chance
+        is log(N*G*G), then over k and directions; a longer k has fewer, which weigh more. A.2's
+        range(2, 3) holds k = 3 alone; Sec. 4.1's k in {2, 3} is what we take."""
         latents = self.encoder.grid(patches)  # [B, D, G, G]
         losses, accuracies = [], []
         first_image = dist.get_rank() * len(latents)
@@ -332,14 +332,14 @@ def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimi
 
 PRESETS = {
     "v2": {},  # the defaults below
-    # Where Fig. 3 starts, as we read it: CPC v1 (van den Oord et al. 2018), as this paper and that
-    # one describe it: 256-pixel grey crops, 64-pixel patches jittered, one direction, k up to 5, no
-    # norm, Adam at 2e-4. The rest of the optimisation stays ours.
+    # Where Fig. 3 starts, as we read both papers: CPC v1 (van den Oord et al. 2018), 256-pixel grey
+    # crops, 64-pixel jittered patches, one direction, k up to 5, no norm, Adam at 2e-4. ours: the
+    # rest of the optimisation.
     "v1": dict(arch="resnet92", norm="none", directions=1, lengths=[2, 3, 4, 5], color_drop=0.0,
                image_aug="v1", crop=256, patch=64, stride=32, lr=2e-4, clip=0.0, average=0.0),
 }
-# ours: all of it at a scale that two CPU cores train in minutes. emb_scale 0.1 and a clip of 0.01
-# are made for hundreds of thousands of steps: here they leave the loss at chance.
+# ours: all of it at a scale that two CPU cores train in minutes. An emb_scale of 0.1 is made for
+# hundreds of thousands of steps: in early trials it left a thousand of them at chance.
 TINY = dict(data="shapes", arch="tiny", crop=32, patch=8, stride=6, min_area=0.6, hidden=32,
             target_dim=32, emb_scale=1.0, batch_size=64, epochs=8, lr=3e-3, warmup=50, clip=1.0,
             average=0.0)
@@ -366,7 +366,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--patch", type=COUNT, default=80, help="side of a patch, pixels")  # paper
     add("--stride", type=COUNT, default=32, help="from patch to patch, pixels")  # paper
     add("--image-aug", choices=("inception", "v1"), default="inception", help="of the whole image")
-    add("--min-area", type=number(1e-3, 1), default=0.08, help="of the inception crop")  # ours
+    add("--min-area", type=number(1e-3, 1), default=0.08, help="of an inception crop")  # Szegedy
     # A.2: the objective
     add("--hidden", type=COUNT, default=256, help="channels inside the context network")  # paper
     add("--target-dim", type=COUNT, default=64, help="channels of targets and predictions")  # paper
@@ -377,7 +377,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=RATE, default=4e-4, help="peak learning rate of Adam")
     add("--warmup", type=number(0, 1e9, int), default=1000, help="steps to the peak")
     add("--clip", type=number(0, 1e9), default=0.01, help="gradient norm, 0 for none")
-    add("--average", type=number(0, 1 - 1e-7), default=0.9999, help="the encoder's decay, 0: none")
+    add("--average", type=number(0, 1 - 1e-7), default=0.9999, help="of encoders: decay, 0: none")
     # how it runs
     # ours: 128 images of ResNet-161 on a GPU take 56 GiB with recomputed activations, 127 without
     add("--checkpointing", action=BooleanOptionalAction, help="recompute (default: 4096 channels)")

@@ -72,7 +72,7 @@ def jittered(patch: int, numbers: Tensor) -> Tensor:
     paper: Sec. 4.1, "spatially jitters individual patches"; v1: a random 60x60 subcrop of a 64x64
     patch, padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7). differs:
     the border is repeated: a border of zeros, which patches at test time do not have, cost a linear
-    probe on CIFAR-10 25 points of top-1."""
+    probe on CIFAR-10 25 points of top-1 in an early trial."""
     side = max(1, min(patch - 1, patch * 60 // 64))
     shift = ((patch - side + 1) * numbers).long()
     inside = torch.arange(patch, device=shift.device) - (patch - side) // 2
@@ -162,7 +162,7 @@ def image_transform(kind: str, crop: int, min_area: float = 0.08, distort: bool 
         steps = [resized, v2.RandomCrop(crop), v2.RandomHorizontalFlip()]
     else:
         # ours: the usual centre crop, 224 of 256, at every size: objects look about as large as in
-        # the average inception crop. The whole image instead cost 10 points on CIFAR-10.
+        # the average inception crop. Whole images cost 10 points on CIFAR-10 in an early trial.
         steps = [v2.Resize(round(crop / 0.875)), v2.CenterCrop(crop)]
     if distort:  # ours: the ranges of Inception's published preprocessing
         steps.append(v2.ColorJitter(brightness=32 / 255, contrast=0.5, saturation=0.5, hue=0.2))
@@ -385,8 +385,8 @@ class Seeded(Dataset):
     or in what order, changes nothing. key: (index, seed).
 
     skip: in training, an image that cannot be read is named on stderr, and the next one takes its
-    place, until a process with its workers has met more than three, and more than one in a hundred;
-    without, it is an error."""
+    place. It is an error once more than three, and more than one in a hundred, are bad; without
+    skip, always."""
 
     def __init__(self, dataset: Dataset, transform: v2.Transform, skip: bool = False):
         self.dataset, self.transform, self.skip = dataset, transform, skip
@@ -634,7 +634,7 @@ class Run:
         self.save()
 
     def resume(self, label: str, **parts) -> int:
-        """Begin a training, or go on where the checkpoint left it: the steps it has done.
+        """Begin a training, or continue it from the checkpoint. Returns the steps already done.
 
         label: its name in the log; parts: all that training changes (model, optimizer), with
         `state_dict` and `load_state_dict`: saved with every checkpoint of this training."""

@@ -54,8 +54,8 @@ class Trunk(nn.Module):
 
     Its batch norm keeps its running statistics. Layer norm was trained on the statistics of one
     patch; a whole image has no patches, so here each position is normalised over its channels.
-    ours, measured: with the statistics of the whole image mAP is 12 points lower, and the padding
-    that a batch adds would change latents."""
+    ours: with the statistics of the whole image mAP was 12 points lower in a trial on shapes, and
+    the padding that a batch adds would change latents."""
 
     def __init__(self, encoder: nn.Module, bf16: bool):
         super().__init__()
@@ -121,7 +121,7 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
         box_roi_pool=MultiScaleRoIAlign(["0"], cells, 2), box_head=Conv5(D, channels, bf16),
         box_predictor=FastRCNNPredictor(channels, classes + 1), box_batch_size_per_image=regions,
         box_score_thresh=0.01,  # ours: low scores add recall
-        # torchvision's RoIAlign infers the stride from the size before padding: pad little
+        # torchvision's RoIAlign infers the stride from the unpadded size: pad little
         size_divisible=encoder.stride)
 
 
@@ -476,7 +476,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
     early, _ = parser.parse_known_args(argv)
     sources, file = find_encoders([] if early.detect else early.encoder, stacks=3)
-    if early.tiny or (file and file["trained"]["data"] == "shapes"):
+    of_shapes = file and file["trained"]["data"] == "shapes"
+    if early.tiny or (of_shapes and early.data == parser.get_default("data")):
         parser.set_defaults(tiny=True, **TINY)
     args = parser.parse_args(argv)
     args.sources = sources

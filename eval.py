@@ -111,7 +111,7 @@ def find_rows(args: Namespace, sources: list[Source], file: dict | None) -> list
             network = arch, "batch", stem or None
             rows.append(Source("pixels", name, Encoder, network, file=whole, supervised=True))
         elif name in ("patched", "patched-none") and file:
-            # Sec. 4.1: CPC's own encoder: 66.4 % with batch norm, 62.5 % without
+            # Sec. 4.1: CPC's own encoder, 66.4 % with batch norm, 62.5 % "without": ours, with none
             network = file["arch"], "none" if name == "patched-none" else "batch", file["stem"]
             rows.append(Source(name, file["arch"], Encoder, network, supervised=True,
                                file=file | {"trained": {}}))
@@ -126,8 +126,8 @@ def augmentation(row: Source, args: Namespace) -> tuple[v2.Compose, dict]:
     trained, crop = row.file["trained"], row.file["crop"]
     if args.head == "linear" and trained:
         # Sec. 2.2, linear classification: "the same data-augmentation as in the unsupervised
-        # learning phase", which distorts no colours; from the encoder's file, but for colour
-        # dropping and area: they are flags, whose defaults are the first file's
+        # learning phase" (ours: it distorts no colours), which the encoder's file tells; colour
+        # dropping and area are flags, with defaults from the first file
         patches = dict(color_drop=args.color_drop, jitter=trained["jitter"], flip=trained["flip"])
         return data.image_transform(trained["image_aug"], crop, args.min_area), patches
     grey = trained.get("image_aug") == "v1"
@@ -138,8 +138,8 @@ def augmentation(row: Source, args: Namespace) -> tuple[v2.Compose, dict]:
         # pixels"); nor for a probe of torchvision's.
         return transform, {}
     # Sec. 2.2, efficient classification: "In addition to random color-dropping we use the
-    # Inception data-augmentation scheme"
-    return transform, {"color_drop": args.color_drop}
+    # Inception data-augmentation scheme"; grey images have no colours to drop
+    return transform, {"color_drop": 0.0 if grey else args.color_drop}
 
 
 # ---- Cells of the table: a row, a share of the labels, a seed ------------------------------------
@@ -386,7 +386,7 @@ def print_tables(results: list[dict], classes: int, test_images: int) -> None:
 
 # ---- Command line --------------------------------------------------------------------------------
 
-SMALL_ENCODERS = ("tiny", "small", "shallow", "medium")  # of a million parameters or less
+SMALL_ENCODERS = ("tiny", "small", "shallow", "medium")  # of about a million parameters or less
 # The flags' defaults are those of an 11-block head, or of pixels, at the paper's scale. The others:
 RECIPES = {
     # paper: A.3, Adam at 5e-4; ours: the epochs, which are not stated, and all below
@@ -459,7 +459,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     elif early.tiny:
         parser.set_defaults(crop=32, min_area=0.6)  # cpc.py's
         own = "tiny"
-    if early.tiny or parser.get_default("data") == "shapes":
+    if early.tiny or parser.parse_known_args(argv)[0].data == "shapes":
         scale = "tiny "
         parser.set_defaults(data="shapes")
     parser.set_defaults(**RECIPES[kind] | RECIPES[scale + kind])
@@ -516,8 +516,8 @@ def main(args: Namespace) -> None:
                             Subset(train_set, held), test_set, device)
                 recipe = {name: getattr(args, name) for name in names}
                 if row.supervised:
-                    # ours: random weights need longer: 2.5 times CPC's first stage, or as long as
-                    # its two stages together, whichever is longer
+                    # ours: random weights need longer: 2.5 times the first stage and, beside CPC,
+                    # at least as long as its two stages together
                     stages = 0 if args.head == "none" else 1 + args.finetune_epochs / args.epochs
                     longer = max(2.5, stages)
                     recipe["epochs"] *= longer

@@ -36,7 +36,7 @@ ARCHITECTURES = {
     "resnet101": ((3, 4, 23, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
     "resnet152": ((3, 8, 36, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
     # ours: `tiny` is for the tests and `--tiny`, on a CPU; the others, for photos of a hundred
-    # pixels, have a million parameters or less. `medium` is for patches of 40 pixels: its stem
+    # pixels, have about a million parameters. `medium` is for patches of 40 pixels: its stem
     # halves them where the paper's quarters 80, so that they too end as maps of 5x5.
     "medium": ((1, 2, 2), (128, 256, 512), (64, 96, 128), "3x3/2"),
     "shallow": ((1, 1, 1), (128, 256, 512), (64, 128, 128), "7x7"),
@@ -49,7 +49,7 @@ STEMS = {"7x7": (7, 2, 2), "3x3/2": (3, 2, 1), "3x3": (3, 1, 1)}
 
 
 class LayerNorm(nn.Module):
-    """ours: Ba et al. 2016 do not say over which axes of a feature map. All of (C, H, W) make the
+    """ours: the paper does not say over which axes of a feature map. All of (C, H, W) make the
     statistics those of one patch: no patch can see another, as it can through batch norm (Sec.
     4.1: "a dependency between patches ... that can be exploited"). Each channel has a scale and a
     bias. [N, C, H, W] -> the same shape.
@@ -96,7 +96,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, width: int, stride: int, norm: str):
         super().__init__()
-        bias = norm == "none"  # as in every published ResNet: with a norm, its bias is the only one
+        bias = norm == "none"  # a norm behind a convolution has a bias of its own
         self.norm1 = NORMS[norm](in_channels)
         self.conv1 = Conv1x1(in_channels, width, bias)
         self.norm2 = NORMS[norm](width)
@@ -124,7 +124,7 @@ class Encoder(nn.Module):
 
     arch, norm, stem: keys of ARCHITECTURES, NORMS, STEMS (with three stacks a total stride of 16, 8
     or 4), None for the architecture's own stem; checkpointing: recompute each block in the backward
-    pass, keep no activations inside it (None: for 4096 channels)."""
+    pass, keep no activations inside it (None: only at 4096 channels)."""
 
     def __init__(self, arch: str = "resnet161", norm: str = "layer", stem: str | None = None,
                  checkpointing: bool | None = None):

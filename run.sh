@@ -61,11 +61,11 @@ commands() {  # print the lines and, with a folder of data, run them one by one
 }
 
 results() {
-    data=$1 lines=""
+    printf -v data %q "$1"
+    lines=""
     photos="--tiny --arch small --stem 7x7 --crop 96 --patch 32 --stride 16 --min-area 0.3"
     photos+=" --hidden 128 --target-dim 64 --lr 2e-3 --warmup 200 --batch-size 64 --epochs 56"
-    pixels="--crop 120 --min-area 0.3 --batch-size 32 --min-steps 900 --epochs 10"
-    pixels+=" --finetune-epochs 10 --held-out 0.05"
+    pixels="--crop 120 --min-area 0.3 --batch-size 32 --min-steps 900 --epochs 10 --held-out 0.05"
     add export OMP_NUM_THREADS=1
     add "# Photos: pre-training, Table 1 (linear), Fig. 1"
     add python cpc.py $photos --bf16 --data $data/photos --out runs/photos
@@ -78,9 +78,12 @@ results() {
         add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s $pixels \
             --data $data/photos --out runs/photos-pixels-$s
     done
-    add python eval.py --encoder runs/photos/encoder.pt --labels 0.05 --out runs/photos-labels-5
+    add python eval.py --encoder runs/photos/encoder.pt --labels 0.02 0.05 0.2 \
+        --out runs/photos-labels-more
     add python eval.py --head none --supervised medium --labels 0.05 --sweep 4 $pixels \
         --data $data/photos --out runs/photos-pixels-5
+    add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 $pixels \
+        --data $data/photos --out runs/photos-pixels-more
     add "# Shapes, five seeds: pre-training, Fig. 1 at 1 % of the labels"
     for s in 0 1 2 3 4; do
         add python cpc.py --tiny --seed $s --out runs/shapes-$s
@@ -98,7 +101,8 @@ variant() {  # Fig. 3 and 4: a name and one change from v2; linear, and with few
 }
 
 paper() {
-    data=$1 lines="" voc=${VOC:-voc2007}
+    printf -v data %q "$1"
+    lines="" voc=${VOC:-voc2007}
     launch="torchrun --nproc_per_node=${GPUS:-8}"
     labels="0.01 0.02 0.05 0.1 0.2 0.5 1"
     v2="--data $data --encoder runs/v2/encoder.pt"
@@ -112,6 +116,8 @@ paper() {
         --labels $labels --sweep 8 --out runs/supervised
     add "# 1 % of the labels and no other: a fixed schedule, for both"
     add $launch eval.py $v2 --labels 0.01 --supervised --held-out 0 --out runs/v2-1percent
+    add "# Fig. 3 and 4, v2 itself with few labels, as its variants below"
+    add $launch eval.py $v2 --labels 0.01 0.1 --out runs/v2-few
     add "# Sec. 4.1: the patched encoder itself, with batch norm (66.4 %) and without (62.5 %)"
     add $launch eval.py $v2 --head none --supervised patched patched-none --out runs/patched
     add "# Table 1, CPC v1, where Fig. 3 starts"
