@@ -804,6 +804,17 @@ def test_what_each_row_trains_with(encoder_file):
     torch.save(saved, encoder_file)
     assert augmentation()[0]["color_drop"] == 0.0
     assert augmentation("--labels", "0.1")[0]["color_drop"] == 0.5
+    saved["trained"]["image_aug"] = "v1"  # grey
+    torch.save(saved, encoder_file)
+    assert augmentation("--labels", "0.1")[0]["color_drop"] == 0.0
+
+
+def test_an_encoder_of_shapes_means_the_tiny_scale_on_shapes_alone(encoder_file):
+    for module in (evaluation, detect):
+        tiny = module.parse_args(["--encoder", str(encoder_file)])
+        other = module.parse_args(["--encoder", str(encoder_file), "--data", "elsewhere"])
+        assert (tiny.data, other.data) == ("shapes", "elsewhere")
+        assert tiny.epochs < other.epochs
 
 
 def test_two_encoders_are_two_rows_and_a_baseline_depends_on_none(encoder_file, tmp_path,
