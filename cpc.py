@@ -377,7 +377,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=RATE, default=4e-4, help="peak learning rate of Adam")
     add("--warmup", type=number(0, 1e9, int), default=1000, help="steps to the peak")
     add("--clip", type=number(0, 1e9), default=0.01, help="gradient norm, 0 for none")
-    add("--average", type=number(0, 1 - 1e-7), default=0.9999, help="of encoders: decay, 0: none")
+    add("--average", type=number(0, 1 - 1e-7), default=0.9999, help="its decay, 0: no average")
     # how it runs
     # ours: 128 images of ResNet-161 on a GPU take 56 GiB with recomputed activations, 127 without
     add("--checkpointing", action=BooleanOptionalAction, help="recompute (default: 4096 channels)")
