@@ -78,11 +78,11 @@ results() {
         add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s $pixels \
             --data $data/photos --out runs/photos-pixels-$s
     done
-    add python eval.py --encoder runs/photos/encoder.pt --labels 0.02 0.05 0.2 \
+    add python eval.py --encoder runs/photos/encoder.pt --labels 0.02 0.05 0.2 0.5 1 \
         --out runs/photos-labels-more
     add python eval.py --head none --supervised medium --labels 0.05 --sweep 4 $pixels \
         --data $data/photos --out runs/photos-pixels-5
-    add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 $pixels \
+    add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 1 $pixels \
         --data $data/photos --out runs/photos-pixels-more
     add "# Shapes, five seeds: pre-training, Fig. 1 at 1 % of the labels"
     for s in 0 1 2 3 4; do
