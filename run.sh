@@ -84,6 +84,13 @@ results() {
         --data $data/photos --out runs/photos-pixels-5
     add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 1 $pixels \
         --data $data/photos --out runs/photos-pixels-more
+    add "# Photos' encoder on VOC 2007, Table 3, beside the same network trained with all labels"
+    add python eval.py --encoder runs/photos/encoder.pt --head none --supervised patched \
+        --epochs 4 --out runs/photos-patched
+    add python detect.py --tiny --data $data --encoder runs/photos/encoder.pt random \
+        runs/photos-patched/patched-1-seed-0.pt --side 240 --regions 64 --proposals 100 \
+        --held-out 0.1 --epochs 12 --finetune-epochs 4 --lr 1e-3 --finetune-lr 3e-4 \
+        --out runs/photos-voc
     add "# Shapes, five seeds: pre-training, Fig. 1 at 1 % of the labels"
     for s in 0 1 2 3 4; do
         add python cpc.py --tiny --seed $s --out runs/shapes-$s
