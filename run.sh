@@ -84,6 +84,16 @@ results() {
         --data $data/photos --out runs/photos-pixels-5
     add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 1 $pixels \
         --data $data/photos --out runs/photos-pixels-more
+    add "# Longer: photos from pixels and CPC; shapes from pixels, and pre-trained for 64 epochs"
+    add python eval.py --head none --supervised medium --labels 0.01 0.1 $pixels \
+        --min-steps 1800 --data $data/photos --out runs/longer-pixels
+    add python eval.py --encoder runs/photos/encoder.pt --labels 0.1 --finetune-epochs 40 \
+        --out runs/longer-photos
+    add python eval.py --tiny --head none --supervised tiny --labels 0.01 --epochs 1 \
+        --min-steps 480 --batch-size 64 --held-out 0.05 --out runs/longer-pixels-shapes
+    add python cpc.py --tiny --epochs 64 --out runs/longer-shapes
+    add python eval.py --encoder runs/longer-shapes/encoder.pt --labels 0.01 --min-steps 240 \
+        --finetune-epochs 4 --finetune-lr 1e-3 --out runs/longer-shapes-labels
     add "# Photos' encoder on VOC 2007, Table 3, beside the same network trained with all labels"
     add python eval.py --encoder runs/photos/encoder.pt --head none --supervised patched \
         --epochs 4 --out runs/photos-patched
