@@ -85,8 +85,8 @@ results() {
     add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 1 $pixels \
         --data $data/photos --out runs/photos-pixels-more
     add "# Longer: photos from pixels and CPC; shapes from pixels, and pre-trained for 64 epochs"
-    add python eval.py --head none --supervised medium --labels 0.01 0.1 $pixels \
-        --min-steps 1800 --data $data/photos --out runs/longer-pixels
+    add python eval.py --head none --supervised medium --labels 0.01 0.1 \
+        ${pixels/900/1800} --data $data/photos --out runs/longer-pixels
     add python eval.py --encoder runs/photos/encoder.pt --labels 0.1 --finetune-epochs 40 \
         --out runs/longer-photos
     add python eval.py --tiny --head none --supervised tiny --labels 0.01 --epochs 1 \
