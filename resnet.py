@@ -87,7 +87,9 @@ class Conv1x1(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # [out, in]
-        return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
+        # without `contiguous`, torch copies a frozen weight for each row of a strided map
+        x = x.permute(0, 2, 3, 1).contiguous()  # [N, H, W, C]
+        return F.linear(x, weight, self.bias).permute(0, 3, 1, 2)
 
 
 class Bottleneck(nn.Module):

@@ -141,6 +141,11 @@ def test_layer_norm_is_that_of_one_group():
 def test_a_1x1_convolution_is_a_matrix_product():
     conv, x = resnet.Conv1x1(6, 4), torch.randn(2, 6, 3, 5)
     assert torch.allclose(conv(x), F.conv2d(x, conv.weight, conv.bias), atol=1e-5)
+    # one product, not one for each row of a strided map, each with its own copy of the weight
+    conv.requires_grad_(False)
+    with torch.profiler.profile() as profile:
+        conv(x[:, :, ::2, ::2])
+    assert not {"aten::bmm"} & {event.key for event in profile.key_averages()}
 
 
 def test_no_norm_stays_finite_at_full_depth():
