@@ -435,8 +435,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--weight-decay", type=SHARE, default=1e-4, help="of all weights")
     add("--dropout", type=number(0, 0.99), default=0.2, help="before the last layer")
     # Sec. 2.2, A.4: Inception preprocessing and color-dropping. With an encoder, crop and area are
-    # its own, for a linear probe colour dropping too.
-    add("--crop", type=COUNT, default=240, help="side of the image")
+    # its own, for a linear probe colour dropping too. ours: photos gained from a larger crop.
+    add("--crop", type=COUNT, help="side of the image, in more or fewer patches (default: the "
+        "encoder's, or 240)")
     add("--min-area", type=number(1e-3, 1), default=0.08, help="of the inception crop")
     add("--color-drop", type=SHARE, default=0.5, help="for a patch; supervised rows drop none")
     add("--distort", action=BooleanOptionalAction, default=True, help="Inception's random colours")
@@ -446,7 +447,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     kind = "linear" if head == "linear" else "head"
     names = early.encoder or ([] if head == "none" else ["runs/cpc/encoder.pt"])
     sources, file = find_encoders(names)
+    for source in sources:
+        if early.crop and source.file:
+            source.file["crop"] = early.crop
     scale, own = "", "resnet152"  # own: the network that `--supervised` by itself means
+    parser.set_defaults(crop=240)  # paper: A.3
     if file:
         trained = file["trained"]
         parser.set_defaults(crop=file["crop"], data=trained["data"], min_area=trained["min_area"])
@@ -468,8 +473,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args.labels = sorted(set(args.labels or [1.0]))
     args.supervised = [own] if args.supervised == [] else args.supervised or []
     args.rows = find_rows(args, sources, file)
-    if file and args.crop != file["crop"]:
-        parser.error(f"--crop {args.crop} is not the {file['crop']} pixels of the encoder")
+    for side, patch, stride in (itemgetter("crop", "patch", "stride")(r.file) for r in args.rows):
+        if side < patch or (side - patch) % stride:
+            parser.error(f"--crop {side}: patches of {patch} pixels at stride {stride} do not tile "
+                         f"it (crop - patch must be a multiple of stride)")
     if head == "linear" and args.supervised:
         parser.error("--supervised beside --head linear: their learning rates differ, run it alone "
                      "with --head none")

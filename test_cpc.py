@@ -814,6 +814,21 @@ def test_what_each_row_trains_with(encoder_file):
     assert augmentation("--labels", "0.1")[0]["color_drop"] == 0.0
 
 
+def test_a_larger_crop_is_a_larger_grid(encoder_file, capsys):
+    cell = make_cell(encoder_file, "--labels", "0.1", "--crop", "44")
+    image, _ = cell.test.dataset[0]
+    assert cell.patches(F.interpolate(image[None], (44, 44))).shape == (1, 7, 7, 3, 8, 8)
+    model = evaluation.build_classifier(cell, 0.0)
+    top1, _ = cell.accuracy(model, cell.test)
+    assert 0 <= top1 <= 100
+    rows = parse_eval("--encoder", encoder_file, "random", "--supervised", "--labels", "0.1",
+                      "--crop", "44").rows
+    assert {row.file["crop"] for row in rows} == {44}
+    with pytest.raises(SystemExit):
+        parse_eval("--encoder", encoder_file, "--crop", "40")
+    assert "do not tile" in capsys.readouterr().err
+
+
 def test_an_encoder_of_shapes_means_the_tiny_scale_on_shapes_alone(encoder_file):
     for module in (evaluation, detect):
         tiny = module.parse_args(["--encoder", str(encoder_file)])
