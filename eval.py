@@ -435,7 +435,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--weight-decay", type=SHARE, default=1e-4, help="of all weights")
     add("--dropout", type=number(0, 0.99), default=0.2, help="before the last layer")
     # Sec. 2.2, A.4: Inception preprocessing and color-dropping. With an encoder, crop and area are
-    # its own, for a linear probe colour dropping too. ours: photos gained from a larger crop.
+    # its own, for a linear probe colour dropping too.
     add("--crop", type=COUNT, help="side of the image, in more or fewer patches (default: the "
         "encoder's, or 240)")
     add("--min-area", type=number(1e-3, 1), default=0.08, help="of the inception crop")
