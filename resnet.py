@@ -167,7 +167,7 @@ class Encoder(nn.Module):
         x = self.pool(self.conv1(x))
         for block in self.blocks:
             if self.checkpointing and x.requires_grad:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x)
         return F.relu(self.final_norm(x))
