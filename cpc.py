@@ -371,7 +371,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--hidden", type=COUNT, default=256, help="channels inside the context network")  # paper
     add("--target-dim", type=COUNT, default=64, help="channels of targets and predictions")  # paper
     add("--emb-scale", type=number(1e-9, 1e6), default=0.1, help="factor on predictions")  # paper
-    # ours, all of it: the paper states nothing of the optimisation
+    # ours, all of it: the paper states nothing of the optimisation. All but the warm-up, and Adam's
+    # betas, follow its later, published version, from memory, not checked.
     add("--batch-size", type=COUNT, default=512, help="images of all processes together")
     add("--epochs", type=COUNT, default=200, help="over the images")
     add("--lr", type=RATE, default=4e-4, help="peak learning rate of Adam")

@@ -442,7 +442,6 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
 def end_workers() -> None:
     """Workers ignore SIGTERM (above): Python's own terminate and join would wait for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise at their end
@@ -479,6 +478,7 @@ def leave_group() -> None:
 def start_process(args: argparse.Namespace) -> torch.device:
     """Join torchrun's process group, or make a world of one; this rank's device. Decides on
     args.bf16 where it is None, and exits with one line if the batch does not divide."""
+    atexit.register(end_workers)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
