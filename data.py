@@ -61,8 +61,10 @@ def extract_patches(images: Tensor, patch: int, stride: int) -> Tensor:
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 [..., 3, H, W] -> float32, zero mean and unit variance by MEAN and STD."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
-    return images.float().mul_(1 / (255 * std)).sub_(mean / std)
+    mean, std = torch.tensor((MEAN, STD)).view(2, 3, 1, 1)
+    # A blocking copy would wait, in every step, for all that the GPU has yet to do.
+    scale, shift = torch.stack((1 / (255 * std), mean / std)).to(images.device, non_blocking=True)
+    return images.float().mul_(scale).sub_(shift)
 
 
 def jittered(patch: int, numbers: Tensor) -> Tensor:
@@ -459,7 +461,7 @@ def load_batches(dataset: Dataset, transform: v2.Transform, batches: Iterator,
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         workers = max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     images = Seeded(dataset, transform, skip)
-    # ours: forked on Linux (no default since Python 3.14): workers share the list of paths
+    # ours: forked on Linux (no default since Python 3.14), or every worker is sent all paths first
     fork = "fork" if sys.platform == "linux" else None
     return DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,

@@ -419,7 +419,7 @@ def print_table(results: dict[str, dict], classes: list[str]) -> None:
     for name in classes:
         values = [result["ap"].get(name) for result in results.values()]
         print_row(name, ["-" if v is None else f"{v:.1f}" for v in values])
-    print_row("mAP (VOC 2007)", [f"{result['mAP']:.1f}" for result in results.values()])
+    print_row("mAP (11-point)", [f"{result['mAP']:.1f}" for result in results.values()])
 
 
 def detect_one(args: Namespace) -> None:

@@ -178,7 +178,7 @@ class Cell:
         for x, y in loader:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 logits = model(self.patches(x))
-            counts += count_correct(logits, y.to(self.device))
+            counts += count_correct(logits, y.to(self.device, non_blocking=True))
         dist.all_reduce(counts)
         top1, top5, n = counts.tolist()
         return 100 * top1 / n, 100 * top5 / n
@@ -271,7 +271,7 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
         torch.manual_seed(data.derive_seed(cell.seed, "drop-out", step + 1, dist.get_rank()))
         with torch.autocast(cell.device.type, torch.bfloat16, enabled=cell.args.bf16):
             logits = ddp(patches)
-        loss = F.cross_entropy(logits, labels.to(cell.device))
+        loss = F.cross_entropy(logits, labels.to(cell.device, non_blocking=True))
         norm = data.update(loss, optimizer, model.parameters())
         run.tally(loss=loss, gradient_norm=norm)
         if step + 1 in tests:

@@ -52,7 +52,7 @@ class LayerNorm(nn.Module):
     """ours: the paper does not say over which axes of a feature map. All of (C, H, W) make the
     statistics those of one patch: no patch can see another, as it can through batch norm (Sec.
     4.1: "a dependency between patches ... that can be exploited"). Each channel has a scale and a
-    bias. [N, C, H, W] -> the same shape.
+    bias. [N, C, H, W] -> the same shape. (`nn.GroupNorm(1, C)` computes the same in more passes.)
 
     per_position: the statistics of each position over its channels, with the same weights, for
     detection, where a map is no longer a patch's (detect.py)."""
