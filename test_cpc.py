@@ -573,14 +573,14 @@ def test_initial_loss_is_chance(directions, lengths):
 def test_one_batch_can_be_learned():
     torch.manual_seed(0)
     model = cpc.CPC(resnet.Encoder("tiny"), 4, [2, 3], hidden=32, target_dim=32, emb_scale=1.0)
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     shapes = data.Shapes("train")
-    images = torch.stack([shapes[i][0] for i in range(4)])
+    images = torch.stack([shapes[i][0] for i in range(2)])
     patches = data.to_patches(images, CPU, 8, 6)
-    for _ in range(40):
+    for _ in range(30):
         loss, accuracy = model(patches)
         data.update(loss, optimizer, model.parameters(), 1.0)
-    assert loss < 0.25 * math.log(100) and accuracy > 0.8
+    assert loss < 0.25 * math.log(50) and accuracy > 0.8
 
 
 def test_learning_rate():
