@@ -208,6 +208,11 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
             print(f"{run.folder} holds this run, finished")
         return
 
+    def write_encoder(steps: int) -> None:
+        described = dict(crop=args.crop, patch=args.patch, stride=args.stride, mean=data.MEAN,
+                         std=data.STD, trained=run.flags | dict(data=args.data, steps=steps))
+        save_encoder(encoder_file, parts.get("average", model.encoder), described)
+
     if args.compile:
         model.encoder.compile_blocks()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -217,6 +222,8 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     model.train()
     for step, (images, _) in run.steps(loader, stop, args.batch_size,
                                        due=lambda done: done % steps_per_epoch == 0):
+        if step > 0 and step % steps_per_epoch == 0 and run.is_main:
+            write_encoder(step)  # after each epoch: a long run is evaluated while it goes on
         patches = make_patches(images, args, device, step)
         if step == 0 and run.is_main:
             save_patches(patches, run.folder / "patches.png")
@@ -231,9 +238,7 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
         run.note(epoch=(step + 1) // steps_per_epoch, chance_loss=chance, lr=lr)
 
     if run.is_main:
-        described = dict(crop=args.crop, patch=args.patch, stride=args.stride, mean=data.MEAN,
-                         std=data.STD, trained=run.flags | dict(data=args.data, steps=stop))
-        save_encoder(encoder_file, parts.get("average", model.encoder), described)
+        write_encoder(stop)
         save_retrieval(model, dataset, args, device, picture)
         print(f"wrote {run.folder}/encoder.pt, patches.png, retrieval.png, log.jsonl")
 
@@ -390,9 +395,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if early.tiny:
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
-    if args.patch > args.crop or (args.crop - args.patch) % args.stride:
-        parser.error(f"crop {args.crop}, patch {args.patch}, stride {args.stride}: patches do not "
-                     f"tile the crop (crop - patch must be a multiple of stride)")
     G = data.grid_side(args.crop, args.patch, args.stride)
     if max(args.lengths) >= G:
         parser.error(f"--lengths {args.lengths} on a {G}x{G} grid: each must be 1 to {G - 1}")

@@ -48,7 +48,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def grid_side(crop: int, patch: int, stride: int) -> int:
-    """G, the number of patches along a side."""
+    """G, the number of patches along a side. Exits with one line if they do not tile the crop."""
+    if patch > crop or (crop - patch) % stride:
+        raise SystemExit(f"crop {crop}, patch {patch}, stride {stride}: patches do not tile the "
+                         f"crop (crop - patch must be a multiple of stride)")
     return (crop - patch) // stride + 1
 
 

@@ -21,7 +21,7 @@ import math
 import random
 import statistics
 import time
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -97,19 +97,25 @@ class Classifier(nn.Module):
 # ---- Rows of the table: feature extractors f_theta -----------------------------------------------
 
 
-def find_rows(args: Namespace, sources: list[Source], file: dict | None) -> list[Source]:
+def find_rows(args: Namespace, sources: list[Source], file: dict | None,
+              crop: int | None) -> list[Source]:
     """The rows that `--encoder` and `--supervised` ask for. Each one's `file` says its crop, patch
-    and stride (a whole image is one patch), and how an encoder of ours was `trained`."""
-    whole = dict(crop=args.crop, patch=args.crop, stride=1, trained={})
+    and stride (a whole image is one patch), and how an encoder of ours was `trained`. crop: the
+    flag's, if it was given."""
+    def whole_image(side: int) -> dict:
+        return dict(crop=side, patch=side, stride=1, trained={})
+
     rows = []
     if args.head != "none":
-        rows = [source._replace(file=source.file or whole) for source in sources]
+        usual = whole_image(crop or 224)  # what torchvision's weights were trained with
+        rows = [source._replace(file=source.file or usual) for source in sources]
     for name in args.supervised:
         arch, _, stem = name.partition(":")
         if arch in ARCHITECTURES and stem in ("", *STEMS):
             # A.4: ResNet v2, with batch norm, on whole images
             network = arch, "batch", stem or None
-            rows.append(Source("pixels", name, Encoder, network, file=whole, supervised=True))
+            rows.append(Source("pixels", name, Encoder, network, file=whole_image(args.crop),
+                               supervised=True))
         elif name in ("patched", "patched-none") and file:
             # Sec. 4.1: CPC's own encoder, 66.4 % with batch norm, 62.5 % "without": ours, with none
             network = file["arch"], "none" if name == "patched-none" else "batch", file["stem"]
@@ -131,7 +137,8 @@ def augmentation(row: Source, args: Namespace) -> tuple[v2.Compose, dict]:
         patches = dict(color_drop=args.color_drop, jitter=trained["jitter"], flip=trained["flip"])
         return data.image_transform(trained["image_aug"], crop, args.min_area), patches
     grey = trained.get("image_aug") == "v1"
-    transform = data.image_transform("inception", crop, args.min_area, args.distort, grey)
+    distort = args.head != "linear"
+    transform = data.image_transform("inception", crop, args.min_area, distort, grey)
     if row.supervised or args.head == "linear":
         # A.4: "the Inception pre-processing pipeline". ours: no colours are dropped, which is what
         # held-out images choose for supervised rows (assets/results.md, "Augmentation from
@@ -337,7 +344,7 @@ def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
         result = dict(
             encoder=row.name, arch=row.arch, stage=stage, head=args.head, labels=cell.labels,
             labelled_images=len(cell.train), held_out_images=len(cell.held_out), seed=cell.seed,
-            held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe,
+            held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe,  # seconds: of this start
             seconds=round(time.time() - began, 1))
         if run.is_main and row.supervised and row.name != "pixels":
             # for detect.py's `--encoder`: a supervised trunk beside CPC's (Table 3's: a ResNet-152)
@@ -390,7 +397,7 @@ SMALL_ENCODERS = ("tiny", "small", "shallow", "medium")  # of about a million pa
 # The flags' defaults are those of an 11-block head, or of pixels, at the paper's scale. The others:
 RECIPES = {
     # paper: A.3, Adam at 5e-4; ours: the epochs, which are not stated, and all below
-    "linear": dict(epochs=30, min_steps=0, lr=5e-4, weight_decay=0.0, held_out=0.0, distort=False),
+    "linear": dict(epochs=30, min_steps=0, lr=5e-4, weight_decay=0.0, held_out=0.0),
     "head": {},
     "small linear": dict(epochs=10, batch_size=64, lr=5e-3),
     # Fine-tuning, four times as long as the first stage: accuracy falls at first, and with 10 % of
@@ -440,7 +447,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "encoder's, or 240)")
     add("--min-area", type=number(1e-3, 1), default=0.08, help="of the inception crop")
     add("--color-drop", type=SHARE, default=0.5, help="for a patch; supervised rows drop none")
-    add("--distort", action=BooleanOptionalAction, default=True, help="Inception's random colours")
 
     early, _ = parser.parse_known_args(argv)
     head = early.head or ("resnet" if early.labels or early.subset else "linear")
@@ -472,11 +478,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args.head, args.encoder = head, names
     args.labels = sorted(set(args.labels or [1.0]))
     args.supervised = [own] if args.supervised == [] else args.supervised or []
-    args.rows = find_rows(args, sources, file)
-    for side, patch, stride in (itemgetter("crop", "patch", "stride")(r.file) for r in args.rows):
-        if side < patch or (side - patch) % stride:
-            parser.error(f"--crop {side}: patches of {patch} pixels at stride {stride} do not tile "
-                         f"it (crop - patch must be a multiple of stride)")
+    args.rows = find_rows(args, sources, file, early.crop)
+    for row in args.rows:
+        data.grid_side(row.file["crop"], row.file["patch"], row.file["stride"])  # do they tile it?
     if head == "linear" and args.supervised:
         parser.error("--supervised beside --head linear: their learning rates differ, run it alone "
                      "with --head none")
