@@ -65,7 +65,7 @@ results() {
     lines=""
     photos="--tiny --arch small --stem 7x7 --crop 96 --patch 32 --stride 16 --min-area 0.3"
     photos+=" --hidden 128 --target-dim 64 --lr 2e-3 --warmup 200 --batch-size 64 --epochs 56"
-    pixels="--crop 120 --min-area 0.3 --batch-size 32 --min-steps 900 --epochs 10 --held-out 0.05"
+    pixels="--crop 120 --min-area 0.3 --batch-size 32 --min-steps 1800 --epochs 10 --held-out 0.05"
     add export OMP_NUM_THREADS=1
     add "# Photos: pre-training, Table 1 (linear), Fig. 1"
     add python cpc.py $photos --bf16 --data $data/photos --out runs/photos
@@ -77,16 +77,16 @@ results() {
             --out runs/photos-labels-10-$s
         add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s $pixels \
             --data $data/photos --out runs/photos-pixels-$s
+        add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s \
+            ${pixels/1800/900} --data $data/photos --out runs/short-pixels-$s
     done
     add python eval.py --encoder runs/photos/encoder.pt --labels 0.02 0.05 0.2 0.5 1 \
         --out runs/photos-labels-more
-    add python eval.py --head none --supervised medium --labels 0.05 --sweep 4 $pixels \
-        --data $data/photos --out runs/photos-pixels-5
-    add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 1 $pixels \
-        --data $data/photos --out runs/photos-pixels-more
-    add "# Longer: photos from pixels and CPC; shapes from pixels, and pre-trained for 64 epochs"
-    add python eval.py --head none --supervised medium --labels 0.01 0.1 \
-        ${pixels/900/1800} --data $data/photos --out runs/longer-pixels
+    add python eval.py --head none --supervised medium --labels 0.05 --sweep 4 \
+        ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-5
+    add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 1 \
+        ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-more
+    add "# Longer: CPC on photos; shapes from pixels, and pre-trained for 64 epochs"
     add python eval.py --encoder runs/photos/encoder.pt --labels 0.1 --finetune-epochs 40 \
         --out runs/longer-photos
     add python eval.py --tiny --head none --supervised tiny --labels 0.01 --epochs 1 \
