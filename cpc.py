@@ -8,7 +8,8 @@
 An image is cut into overlapping patches, each encoded on its own to a latent z. In each of four
 directions a masked context network sums up the rows seen so far, and predicts, linearly, the
 latents two and three rows further on. InfoNCE asks it to tell the true latent from all others in
-the batch. `encoder.pt` in the run's folder is the result; the rest is discarded (Sec. 2.2).
+the batch. `encoder.pt` in the run's folder, new after each epoch, is the result; the rest is
+discarded (Sec. 2.2).
 
 Results: assets/results.md; at the paper's scale not yet measured.
 
