@@ -89,8 +89,10 @@ results() {
     add "# Longer: CPC on photos; shapes from pixels, and pre-trained for 64 epochs"
     add python eval.py --encoder runs/photos/encoder.pt --labels 0.1 --finetune-epochs 40 \
         --out runs/longer-photos
-    add python eval.py --tiny --head none --supervised tiny --labels 0.01 --epochs 1 \
-        --min-steps 480 --batch-size 64 --held-out 0.05 --out runs/longer-pixels-shapes
+    for n in 480 960; do
+        add python eval.py --tiny --head none --supervised tiny --labels 0.01 --epochs 1 \
+            --min-steps $n --batch-size 64 --held-out 0.05 --seeds 3 --out runs/longer-shapes-$n
+    done
     add python cpc.py --tiny --epochs 64 --out runs/longer-shapes
     add python eval.py --encoder runs/longer-shapes/encoder.pt --labels 0.01 --min-steps 240 \
         --finetune-epochs 4 --finetune-lr 1e-3 --out runs/longer-shapes-labels
