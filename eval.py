@@ -344,8 +344,8 @@ def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
         result = dict(
             encoder=row.name, arch=row.arch, stage=stage, head=args.head, labels=cell.labels,
             labelled_images=len(cell.train), held_out_images=len(cell.held_out), seed=cell.seed,
-            held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe,  # seconds: of this start
-            seconds=round(time.time() - began, 1))
+            held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe,
+            seconds=round(time.time() - began, 1))  # since the last start
         if run.is_main and row.supervised and row.name != "pixels":
             # for detect.py's `--encoder`: a supervised trunk beside CPC's (Table 3's: a ResNet-152)
             how = dict(data=args.data, supervised=row.name, labels=cell.labels, jitter=False,
