@@ -302,7 +302,9 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
     run.offer(start_map, model)
 
     ddp = DistributedDataParallel(model)
-    batches = data.train_batches(len(train_set), batch, args.seed, start, stop)
+    # fine-tuning would else begin with the first phase's images in their order
+    order = args.seed if frozen else data.derive_seed(args.seed, phase)
+    batches = data.train_batches(len(train_set), batch, order, start, stop)
     transform = objects_transform(train=True)
     loader = data.load_batches(train_set, transform, batches, args.workers, skip=True, collate=list)
     model.train()
@@ -345,7 +347,8 @@ def run_phases(args: Namespace, source: Source, sets: tuple[Subset, Subset, Data
             if key in run.solution:
                 model.load_state_dict(run.solution[key])
             continue
-        began, weights = time.time(), copy.deepcopy(network.state_dict())
+        began = time.time()
+        weights = copy.deepcopy(network.state_dict()) if phase == "frozen" else None
         held_map = fit(args, phase, model, train_set, held_out, device, run, key, held_map)
         if phase == "frozen":
             # fixed means bit-identical, batch norm's statistics included

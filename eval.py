@@ -52,13 +52,23 @@ class LinearProbe(nn.Module):
         self.conv = nn.Conv2d(channels, classes, 1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.conv(self.norm(latents)).mean((2, 3))
+        with torch.autocast(latents.device.type, enabled=False):  # logits in float32
+            return self.conv(self.norm(latents.float())).mean((2, 3))
 
 
-def pooled_linear(channels: int, classes: int, dropout: float) -> nn.Sequential:
-    """Mean-pool, A.4's "DropOut layer before the final linear classification layer", linear."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout),
-                         nn.Linear(channels, classes))
+class PooledLinear(nn.Linear):
+    """Mean-pool, A.4's "DropOut layer before the final linear classification layer", linear.
+    Latents [B, D, G, G] -> logits [B, classes] in float32: bfloat16's many ties decide top-5."""
+
+    def __init__(self, channels: int, classes: int, dropout: float):
+        super().__init__(channels, classes)
+        self.dropout = dropout
+
+    def forward(self, latents: Tensor) -> Tensor:
+        pooled = latents.mean((2, 3), dtype=torch.float32)  # [B, D]
+        pooled = F.dropout(pooled, self.dropout, self.training)
+        with torch.autocast(latents.device.type, enabled=False):
+            return super().forward(pooled)
 
 
 def resnet_head(in_channels: int, classes: int, dropout: float = 0.0, channels: int = 4096,
@@ -69,7 +79,7 @@ def resnet_head(in_channels: int, classes: int, dropout: float = 0.0, channels: 
     blocks = [Bottleneck(channels if n else in_channels, channels, width, 1, "batch")
               for n in range(11)]
     return nn.Sequential(*blocks, nn.BatchNorm2d(channels), nn.ReLU(),
-                         pooled_linear(channels, classes, dropout))
+                         PooledLinear(channels, classes, dropout))
 
 
 class Classifier(nn.Module):
@@ -91,7 +101,7 @@ class Classifier(nn.Module):
             latents = self.encoder.features(patches.flatten(0, 2))  # [B, D, S/stride, S/stride]
         else:
             latents = self.encoder.grid(patches)  # [B, D, G, G]
-        return self.head(latents).float()
+        return self.head(latents)
 
 
 # ---- Rows of the table: feature extractors f_theta -----------------------------------------------
@@ -145,7 +155,8 @@ def augmentation(row: Source, args: Namespace) -> tuple[v2.Compose, dict]:
         # pixels"); nor for a probe of torchvision's.
         return transform, {}
     # Sec. 2.2, efficient classification: "In addition to random color-dropping we use the
-    # Inception data-augmentation scheme"; grey images have no colours to drop
+    # Inception data-augmentation scheme"; ours: dropped patch by patch, as in pre-training. Grey
+    # images have no colours to drop.
     return transform, {"color_drop": 0.0 if grey else args.color_drop}
 
 
@@ -177,8 +188,7 @@ class Cell:
         model.eval()
         grey = self.row.file["trained"].get("image_aug") == "v1"
         transform = data.image_transform("test", self.row.file["crop"], grey=grey)
-        batch = max(1, self.args.batch_size // dist.get_world_size())
-        batches = data.test_batches(len(images), batch)
+        batches = data.test_batches(len(images), self.args.batch_size // dist.get_world_size())
         skip = isinstance(images, Subset)  # held-out images are training images
         loader = data.load_batches(images, transform, batches, self.args.workers, skip)
         counts = torch.zeros(3, dtype=torch.int64, device=self.device)
@@ -216,7 +226,7 @@ def build_classifier(cell: Cell, dropout: float) -> Classifier:
     channels, classes = encoder.out_channels, len(cell.train.dataset.classes)
     torch.manual_seed(data.derive_seed(cell.seed, "head"))
     if row.supervised:
-        head = pooled_linear(channels, classes, dropout)
+        head = PooledLinear(channels, classes, dropout)
     elif cell.args.head == "linear":
         head = LinearProbe(channels, classes)
     else:
@@ -268,14 +278,16 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
 
     ddp = DistributedDataParallel(model)
     transform, augmented = augmentation(cell.row, cell.args)
-    batches = data.train_batches(len(cell.train), batch, cell.seed, start, stop)
+    # fine-tuning would else begin with the very crops of the first stage
+    seed = data.derive_seed(cell.seed, stage) if stage == "finetuned" else cell.seed
+    batches = data.train_batches(len(cell.train), batch, seed, start, stop)
     loader = data.load_batches(cell.train, transform, batches, cell.args.workers, skip=True)
     model.train()
     for step, (images, labels) in run.steps(loader, stop, batch, due=lambda done: done in tests):
         scale = 1.0 if constant else learning_rate(step, stop, 1.0, stop // 10)
         optimizer.param_groups[0]["lr"] = recipe["lr"] * scale
-        patches = cell.patches(images, data.derive_seed(cell.seed, "patches", step), **augmented)
-        torch.manual_seed(data.derive_seed(cell.seed, "drop-out", step + 1, dist.get_rank()))
+        patches = cell.patches(images, data.derive_seed(seed, "patches", step), **augmented)
+        torch.manual_seed(data.derive_seed(seed, "drop-out", step + 1, dist.get_rank()))
         with torch.autocast(cell.device.type, torch.bfloat16, enabled=cell.args.bf16):
             logits = ddp(patches)
         loss = F.cross_entropy(logits, labels.to(cell.device, non_blocking=True))
@@ -335,7 +347,8 @@ def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
             if key in run.solution:
                 model.head.load_state_dict(run.solution[key])
             continue
-        began, weights = time.time(), copy.deepcopy(model.encoder.state_dict())
+        began = time.time()
+        weights = copy.deepcopy(model.encoder.state_dict()) if model.frozen else None
         held_top1 = fit(cell, model, recipe, stage, key, run, held_top1)
         if model.frozen:
             # fixed means bit-identical, batch norm's statistics included

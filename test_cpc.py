@@ -625,6 +625,15 @@ def test_probe_is_a3():
     assert torch.allclose(probe(z), pooled, atol=1e-5)
 
 
+def test_logits_are_float32():
+    """Also where all else is bfloat16: a thousand of its logits tie, and top-5 is then luck."""
+    latents = torch.randn(16, 64, 3, 3)
+    for head in (evaluation.LinearProbe(64, 1000), evaluation.PooledLinear(64, 1000, 0.0)):
+        logits = head(latents)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(head(latents), logits) and logits.dtype == torch.float32
+
+
 def test_count_correct():
     logits, labels = torch.randn(50, 8, generator=generator()), torch.arange(50) % 8
     order = [sorted(range(8), key=lambda c: -row[c]) for row in logits.tolist()]
@@ -724,8 +733,21 @@ def classify(cell, folder):
 @pytest.mark.parametrize("encoder_file", ["layer", "batch"], indirect=True)
 def test_frozen_then_fine_tuned(encoder_file, tmp_path, monkeypatch):
     """Sec. 2.2: frozen is bit-identical, batch norm's statistics included; fine-tuning starts from
-    both solutions, moves the encoder, and at a smaller rate."""
-    seen, fit = [], evaluation.fit
+    both solutions, moves the encoder, at a smaller rate, and on images augmented anew."""
+    seen, fit, drawn = [], evaluation.fit, []
+    train_batches, to_patches = data.train_batches, data.to_patches
+
+    def drawn_batches(*args):
+        for keys in train_batches(*args):
+            drawn.extend(keys)
+            yield keys
+
+    def drawn_patches(images, device, patch, stride, seed=None, **augmentation):
+        drawn.extend([] if seed is None else [seed])
+        return to_patches(images, device, patch, stride, seed, **augmentation)
+
+    monkeypatch.setattr(data, "train_batches", drawn_batches)
+    monkeypatch.setattr(data, "to_patches", drawn_patches)
 
     def spy(cell, model, recipe, *rest):
         before = copy.deepcopy(model.state_dict())
@@ -741,6 +763,7 @@ def test_frozen_then_fine_tuned(encoder_file, tmp_path, monkeypatch):
         return {torch.equal(a[k], b[k]) for k in a if k.startswith(part)}
 
     assert frozen and not frozen2 and lr2 < lr
+    assert len(drawn) > 48 and len(set(drawn)) == len(drawn)
     assert equal(start, solution, "encoder.") == {True}
     assert False in equal(start, solution, "head.")
     assert equal(solution, start2, "") == {True}
