@@ -284,7 +284,8 @@ def rank_patches(model: CPC, images: Tensor, args: Namespace) -> list[Tensor]:
 def save_retrieval(model: CPC, dataset, args: Namespace, device: torch.device, path) -> None:
     """What the predictions mean. A row each: an image, dark where the context network has not
     looked; the true patch k rows below its last row; the five patches that the prediction ranks
-    highest among all patches of 32 training images (not augmented)."""
+    highest among all patches of 32 training images (not augmented). The weights are the last ones,
+    not their average."""
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:32].tolist()
     transform = data.image_transform("test", args.crop, grey=args.image_aug == "v1")
     seeded = data.Seeded(dataset, transform, skip=True)
@@ -377,8 +378,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--hidden", type=COUNT, default=256, help="channels inside the context network")  # paper
     add("--target-dim", type=COUNT, default=64, help="channels of targets and predictions")  # paper
     add("--emb-scale", type=number(1e-9, 1e6), default=0.1, help="factor on predictions")  # paper
-    # ours, all of it: the paper states nothing of the optimisation. All but the warm-up, and Adam's
-    # betas, follow its later, published version, from memory, not checked.
+    # ours, all of it: the paper states nothing of the optimisation. Warm-up and cosine are our own.
+    # The rest, and Adam's betas, are those of its later, published version: from memory, unchecked.
     add("--batch-size", type=COUNT, default=512, help="images of all processes together")
     add("--epochs", type=COUNT, default=200, help="over the images")
     add("--lr", type=RATE, default=4e-4, help="peak learning rate of Adam")

@@ -78,7 +78,7 @@ def jittered(patch: int, numbers: Tensor) -> Tensor:
     patch, padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7). differs:
     the border is repeated: a border of zeros, which patches at test time do not have, cost a linear
     probe on CIFAR-10 25 points of top-1 in an early trial."""
-    side = max(1, min(patch - 1, patch * 60 // 64))
+    side = max(1, patch * 60 // 64)
     shift = ((patch - side + 1) * numbers).long()
     inside = torch.arange(patch, device=shift.device) - (patch - side) // 2
     return shift[..., None] + inside.clamp(0, side - 1)
@@ -488,7 +488,7 @@ def start_process(args: argparse.Namespace) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        torch.backends.cudnn.benchmark = True  # training batches have one shape
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         device, backend = torch.device("cpu"), "gloo"
@@ -746,7 +746,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """ours: linear warm-up, then half a cosine down to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def update(loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterator,

@@ -86,7 +86,8 @@ class Conv1x1(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # [out, in]
+        # [out, in]; permuted, or its gradient would lie in memory otherwise than DDP's buckets
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         # without `contiguous`, torch copies a frozen weight for each row of a strided map
         x = x.permute(0, 2, 3, 1).contiguous()  # [N, H, W, C]
         return F.linear(x, weight, self.bias).permute(0, 3, 1, 2)
