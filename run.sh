@@ -86,16 +86,9 @@ results() {
         ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-5
     add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 1 \
         ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-more
-    add "# Longer: CPC on photos; shapes from pixels, and pre-trained for 64 epochs"
+    add "# Longer fine-tuning"
     add python eval.py --encoder runs/photos/encoder.pt --labels 0.1 --finetune-epochs 40 \
         --out runs/longer-photos
-    for n in 480 960; do
-        add python eval.py --tiny --head none --supervised tiny --labels 0.01 --epochs 1 \
-            --min-steps $n --batch-size 64 --held-out 0.05 --seeds 3 --out runs/longer-shapes-$n
-    done
-    add python cpc.py --tiny --epochs 64 --out runs/longer-shapes
-    add python eval.py --encoder runs/longer-shapes/encoder.pt --labels 0.01 --min-steps 240 \
-        --finetune-epochs 4 --finetune-lr 1e-3 --out runs/longer-shapes-labels
     add "# Photos' encoder on VOC 2007, Table 3, beside the same network trained with all labels"
     add python eval.py --encoder runs/photos/encoder.pt --head none --supervised patched \
         --epochs 4 --out runs/photos-patched
@@ -103,11 +96,18 @@ results() {
         runs/photos-patched/patched-1-seed-0.pt --side 240 --regions 64 --proposals 100 \
         --held-out 0.1 --epochs 12 --finetune-epochs 4 --lr 1e-3 --finetune-lr 3e-4 \
         --out runs/photos-voc
-    add "# Shapes, five seeds: pre-training, Fig. 1 at 1 % of the labels"
+    add "# Shapes, five seeds, 1 % of the labels; then as short as ./run.sh has it"
+    pixels="--tiny --head none --supervised tiny --labels 0.01 --epochs 1 --min-steps 960"
+    pixels+=" --batch-size 64 --held-out 0.05"
     for s in 0 1 2 3 4; do
-        add python cpc.py --tiny --seed $s --out runs/shapes-$s
+        add python cpc.py --tiny --epochs 64 --seed $s --out runs/shapes-$s
         add python eval.py --encoder runs/shapes-$s/encoder.pt --seed $s --labels 0.01 \
-            --supervised --out runs/shapes-labels-$s
+            --min-steps 240 --finetune-epochs 4 --finetune-lr 1e-3 --out runs/shapes-labels-$s
+        add python eval.py $pixels --seed $s --out runs/shapes-pixels-$s
+        add python cpc.py --tiny --seed $s --out runs/short-shapes-$s
+        add python eval.py --encoder runs/short-shapes-$s/encoder.pt --seed $s --labels 0.01 \
+            --supervised --out runs/short-shapes-labels-$s
+        add python eval.py ${pixels/960/480} --seed $s --out runs/short-shapes-pixels-$s
     done
     commands
 }
