@@ -687,7 +687,7 @@ def test_resnet_head():
     millions = sum(p.numel() for m in convolutions for p in m.parameters()) / 1e6
     assert millions == pytest.approx(196.1, abs=0.05)
     assert sum(isinstance(m, resnet.Bottleneck) for m in head.modules()) == 11
-    assert head[-1][-1].weight.shape == (1000, 4096)
+    assert head[-1].weight.shape == (1000, 4096)
 
 
 @pytest.fixture
