@@ -1152,8 +1152,16 @@ def test_one_image_is_learned_and_the_frozen_trunk_is_not_touched(encoder_file, 
 
 def test_detection_stops_early(encoder_file, voc, tmp_path, monkeypatch):
     """Sec. 2.2: "a smaller learning rate and early-stopping": the best of ten held-out states is
-    kept, or that which fine-tuning began with."""
+    kept, or that which fine-tuning began with. Fine-tuning draws images and crops of its own."""
     args, _, model = make_detector(encoder_file, "--epochs", "10", "--finetune-epochs", "10")
+    drawn, train_batches = [], data.train_batches
+
+    def drawn_batches(*args):
+        for keys in train_batches(*args):
+            drawn.extend(keys)
+            yield keys
+
+    monkeypatch.setattr(data, "train_batches", drawn_batches)
     rates, adamw = [], torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda weights, lr, **rest: (
         rates.append(lr), adamw(weights, lr, **rest))[1])
@@ -1173,6 +1181,7 @@ def test_detection_stops_early(encoder_file, voc, tmp_path, monkeypatch):
         assert best == 70
         assert all(torch.equal(v, states[3][k]) for k, v in model.state_dict().items())
     assert len(states) == 20 and rates == [3e-3, 3e-4]
+    assert len(set(drawn)) == len(drawn) == 20
 
 
 def test_colors_are_dropped_over_the_whole_image():
