@@ -6,10 +6,10 @@
     python cpc.py --tiny --benchmark 20                           # where the time goes
 
 An image is cut into overlapping patches, each encoded on its own to a latent z. In each of four
-directions a masked context network sums up the rows seen so far, and predicts, linearly, the
-latents two and three rows further on. InfoNCE asks it to tell the true latent from all others in
-the batch. `encoder.pt` in the run's folder, new after each epoch, is the result; the rest is
-discarded (Sec. 2.2).
+directions a masked context network sums up the rows seen so far and predicts, linearly, a
+projection of the latents two and three rows further on. InfoNCE asks it to tell the true one from
+all others in the batch. `encoder.pt` in the run's folder, new after each epoch, is the result; the
+rest is discarded (Sec. 2.2).
 
 Results: assets/results.md; at the paper's scale not yet measured.
 
@@ -129,7 +129,7 @@ class Direction(nn.Module):
 class CPC(nn.Module):
     """Encoder, and one `Direction` for each of the directions.
 
-    directions: 1 (above predicts below), 2 (and below above) or 4 (and left right, right left).
+    directions: 1 (downwards), 2 (upwards too) or 4 (to both sides too).
     lengths: the k that are predicted, in rows. paper: Sec. 4.1, {2, 3}, not v1's {2, ..., 5}:
     "distant patches might lie on distinct objects".
     """
@@ -152,16 +152,17 @@ class CPC(nn.Module):
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Augmented patches [B, G, G, 3, P, P] -> loss and contrastive accuracy, two scalars.
 
-        paper: L_CPC sums over i, j, k. differs: the mean over the positions of each k, whose chance
-        is log(N*G*G), then over k and directions; a longer k has fewer, which weigh more. A.2's
-        range(2, 3) holds k = 3 alone; Sec. 4.1's k in {2, 3} is what we take."""
+        paper: L_CPC sums over i, j, k. differs: the mean over the positions of each k, then over k
+        and directions; a longer k has fewer positions, so that each weighs more. Guessing scores
+        log(N*G*G). A.2's range(2, 3) holds k = 3 alone; we take Sec. 4.1's k in {2, 3}."""
         latents = self.encoder.grid(patches)  # [B, D, G, G]
         losses, accuracies = [], []
         first_image = dist.get_rank() * len(latents)
         for turn, direction in zip(self.turns, self.directions):
             turned = latents.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last)
             targets, predictions = direction(turned)
-            # a few MB from each process: all share the whole batch's negatives
+            # ours: all processes share the whole batch's negatives, a few MB of each; the paper's
+            # "minibatch" may be that of a worker
             targets = data.GatherBatch.apply(targets.float().contiguous())  # [N, K, G, G]
             for k, prediction in predictions.items():
                 loss, accuracy = info_nce(prediction, targets, k, first_image)

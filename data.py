@@ -93,6 +93,7 @@ def drop_colors(x: Tensor, dropped: Tensor, keep: Tensor, noise: Tensor) -> Tens
     paper: Sec. 4.1, "randomly drops two of the three color channels in each patch". Doersch et al.
     2015: replaced by Gaussian noise of 1/100 of the remaining channel's deviation. The noise is
     around zero, the mean colour after normalisation."""
+    # each channel's deviation; `x.std` takes about ten times as long on a CPU
     power = torch.linalg.vector_norm(x, dim=(-2, -1)).square() / noise[0].numel()  # [..., 3]
     deviation = (power - x.mean((-2, -1)).square()).clamp(min=0).sqrt()
     keep = keep[..., None]
@@ -140,7 +141,7 @@ def to_patches(images: Tensor, device: torch.device, patch: int, stride: int,
     """From the loader to the encoder: uint8 images [B, 3, S, S] -> float32 patches
     [B, G, G, 3, P, P] on the device, with `augment_patches`' augmentation, a function of the seed
     alone, or without (seed None)."""
-    # Normalised before it is cut: A.3's patches hold each pixel of the image four times.
+    # Normalised before it is cut: A.3's patches hold a pixel four times, on average.
     images = normalise(images.to(device, non_blocking=True).contiguous())
     if seed is None:
         return extract_patches(images, patch, stride)
@@ -345,9 +346,9 @@ def label_subset(targets: list[int], fraction: float, seed: int,
     (A.4: "a separate validation set"): two sorted lists of indices. ours: the share of each class,
     on ImageNet 7 to 13 images at 1 %; the abstract has 13.
 
-    Each class's images in an order fixed by the seed: the subset is its first `fraction`, so that
-    the 1 % is inside the 2 %, rounded, at least one; held out is its last `held_out`, the same for
-    every fraction. They never overlap: at 100 % the subset is all but the held-out images."""
+    The seed fixes an order of each class's images. The subset is its first `fraction` (rounded, at
+    least one image), so that the 1 % lies inside the 2 %; held out is its last `held_out`, the same
+    for every fraction. They never overlap: at 100 % the subset is all but the held-out images."""
     chosen, held, of_class = [], [], {}
     for i, y in enumerate(targets):
         of_class.setdefault(y, []).append(i)
@@ -386,8 +387,8 @@ def derive_seed(*keys: int | str) -> int:
 
 
 class Seeded(Dataset):
-    """`dataset` behind `transform`, each item augmented under its own seed: which worker makes it,
-    or in what order, changes nothing. key: (index, seed).
+    """`dataset` seen through `transform`, each item augmented under its own seed: which worker
+    makes it, or in what order, changes nothing. key: (index, seed).
 
     skip: in training, an image that cannot be read is named on stderr, and the next one takes its
     place. It is an error once more than three, and more than one in a hundred, are bad; without
@@ -443,8 +444,8 @@ def test_batches(length: int, batch: int) -> Iterator:
 def ignore_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM often reach all processes of a job: workers ignore them, the main process
     saves and ends its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def end_workers() -> None:
@@ -585,8 +586,8 @@ class Run:
         if self.is_main:
             self.file.truncate(0)
             self.file.writelines(self.lines)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._on_signal)
         commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
         versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                         torchvision=torchvision.__version__, commit=commit)
@@ -728,18 +729,18 @@ class Run:
         dist.all_reduce(both, dist.ReduceOp.MAX)
         return tuple(both.tolist())
 
-    def _on_signal(self, number: int, frame) -> None:
+    def _on_signal(self, signum: int, frame) -> None:
         if self.label:
-            self.signal = number  # `steps` will see it
+            self.signal = signum  # `steps` will see it
         else:
-            self._leave(number)  # outside a training: what was not saved is done again
+            self._leave(signum)  # outside a training: what was not saved is done again
 
-    def _leave(self, number: int) -> None:
+    def _leave(self, signum: int) -> None:
         if self.is_main:
-            print(f"stopped by {signal.Signals(number).name}: the same command continues",
+            print(f"stopped by {signal.Signals(signum).name}: the same command continues",
                   file=sys.stderr)
         end_workers()
-        raise SystemExit(128 + number)
+        raise SystemExit(128 + signum)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:

@@ -7,9 +7,10 @@
     python detect.py --detect photo.jpg --out runs/detect         # draw what a run has learned
 
 The encoder is conv1..conv4 of a ResNet. Sec. 4.3 "replaced the neural network classifier ... with a
-Faster-RCNN": here torchvision's, with the encoder run fully convolutionally as its trunk and a
-fresh conv5 on the regions. First the trunk is fixed, then everything is fine-tuned from that
-solution, with early stopping on held-out training images (Sec. 2.2).
+Faster-RCNN": here torchvision's, with the encoder as its trunk, fully convolutional on the whole
+image, not on patches (Fig. 2 allows both), and a fresh conv5 on the regions (ours). First the trunk
+is fixed, then everything is fine-tuned from that solution, with early stopping on held-out training
+images (Sec. 2.2).
 
 Results: assets/results.md; at the paper's scale not yet measured.
 
@@ -100,8 +101,8 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
     region proposal network at test time; regions: trained on, of an image."""
     D = encoder.out_channels
     # ours: torchvision's sizes, for a side of 480, at others in proportion
-    sizes = tuple(round(pixels * side / 480) for pixels in (32, 64, 128, 256, 512))
-    anchors = AnchorGenerator((sizes,), ((0.5, 1.0, 2.0),))
+    anchor_sides = tuple(round(pixels * side / 480) for pixels in (32, 64, 128, 256, 512))
+    anchors = AnchorGenerator((anchor_sides,), ((0.5, 1.0, 2.0),))
     width = min(D, 512)  # Ren et al. 2015: 512; torchvision's keeps D
     rpn_head = RPNHead(width, anchors.num_anchors_per_location()[0])
     rpn_head.conv = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), nn.ReLU())
@@ -463,7 +464,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--detect", type=data.existing, metavar="IMAGE", help="draw what the run in --out finds, "
         "train nothing")
     # Sec. 2.2: color-dropping and scale-augmentation, which is around --side
-    add("--side", type=number(32, 1e4, int), default=480, help="shorter side of images, pixels")
+    add("--side", type=number(32, 1e4, int), default=480, help="shorter side, pixels")  # ours
     add("--color-drop", type=SHARE, default=0.5, help="probability for an image")  # ours
     add("--proposals", type=number(1, 1e4, int), default=300, help="of a test image")  # Ren 2015
     add("--regions", type=number(4, 1e4, int), default=128, help="of a training image")  # ours

@@ -7,9 +7,9 @@
     torchrun --nproc_per_node=8 eval.py --data imagenet --labels 0.01 0.1 1 --out runs/labels-8
 
 Linear: the encoder frozen, batch norm and one linear layer. Efficient (`--labels`): an 11-block
-ResNet on the frozen latents, then both fine-tuned from that solution. Supervised: the same labels
-and held-out images, from pixels. A `result` line in log.jsonl for each, then a table. The defaults
-below are the paper's scale; a linear probe, a small encoder and --tiny have others (RECIPES).
+ResNet on the frozen latents, then both fine-tuned from that solution. Supervised: a network from
+pixels, with the same labels. Each result is a line of log.jsonl; a table follows. The flags'
+defaults are for the paper's scale; RECIPES has those of the probe, small encoders and --tiny.
 
 Results: assets/results.md; at the paper's scale not yet measured.
 
@@ -75,7 +75,7 @@ def resnet_head(in_channels: int, classes: int, dropout: float = 0.0, channels: 
                 width: int = 1024) -> nn.Sequential:
     """Sec. 2.2: "an 11-block ResNet architecture with 4096-dimensional feature maps and
     1024-dimensional bottleneck layers"."""
-    # ours: batch norm, as in the supervised ResNets; no stride on a 6x6 grid
+    # ours: batch norm and drop-out, as in the supervised ResNets; no stride on a 6x6 grid
     blocks = [Bottleneck(channels if n else in_channels, channels, width, 1, "batch")
               for n in range(11)]
     return nn.Sequential(*blocks, nn.BatchNorm2d(channels), nn.ReLU(),
@@ -212,8 +212,9 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 def variant(recipe: dict, seed: int) -> dict:
     """Random draws from A.4's ranges, around a recipe: lr {0.05, 0.1, 0.2}, the batch size or half
-    of it, weight decay logarithmically from 1e-5 to 1e-2, drop-out linearly from 0 to 1 (differs:
-    to 0.9, which still learns). A.4's architectures are rows of the table."""
+    of it (A.4: 32 or 16 a worker), weight decay logarithmically from 1e-5 to 1e-2, drop-out
+    linearly from 0 to 1 (differs: to 0.9, which still learns). A.4's architectures are rows of the
+    table."""
     rng = random.Random(seed)
     return recipe | dict(
         lr=recipe["lr"] * rng.choice((0.5, 1, 2)), weight_decay=10 ** rng.uniform(-5, -2),
@@ -262,11 +263,11 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
     """Train `model` in place and return its held-out top-1 (None: no held-out images).
 
     Early stopping (Sec. 2.2 has it for fine-tuning; ours: wherever there are held-out images, which
-    a linear probe has none of by default): the schedule runs to its end, held-out images are tested
-    ten times along the way, and the best of these states is restored, or the first one if its
-    accuracy is known (start_top1) and as high. Without held-out images: the last state."""
+    a linear probe has none of by default). The schedule runs to its end; ten times along the way
+    the held-out images are tested. The best of these states is restored, or the initial one if its
+    accuracy (start_top1) is known and as high. Without held-out images the last state stays."""
     world = dist.get_world_size()
-    batch = min(max(recipe["batch_size"], world), len(cell.train)) // world * world
+    batch = max(1, min(recipe["batch_size"], len(cell.train)) // world) * world  # equal shares
     steps = recipe["epochs"] * len(cell.train) / batch
     stop = math.ceil(max(steps, recipe["min_steps"]))
     constant = isinstance(model.head, LinearProbe)  # paper: A.3 names a learning rate, no schedule
@@ -470,7 +471,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         if early.crop and source.file:
             source.file["crop"] = early.crop
     scale, own = "", "resnet152"  # own: the network that `--supervised` by itself means
-    parser.set_defaults(crop=240)  # paper: A.3
+    parser.set_defaults(crop=240)  # ours: A.3's for CPC; A.4 gives its networks no size
     if file:
         trained = file["trained"]
         parser.set_defaults(crop=file["crop"], data=trained["data"], min_area=trained["min_area"])
@@ -542,8 +543,9 @@ def main(args: Namespace) -> None:
                 if row.supervised:
                     # ours: random weights need longer: 2.5 times the first stage and, beside CPC,
                     # at least as long as its two stages together
-                    stages = 0 if args.head == "none" else 1 + args.finetune_epochs / args.epochs
-                    longer = max(2.5, stages)
+                    longer = 2.5
+                    if args.head != "none":
+                        longer = max(longer, 1 + args.finetune_epochs / args.epochs)
                     recipe["epochs"] *= longer
                     recipe["min_steps"] *= longer
                 if args.sweep:

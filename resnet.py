@@ -28,9 +28,9 @@ ARCHITECTURES = {
     # paper: Sec. 4.1. CPC v1's encoder: the first three stacks of ResNet-101.
     "resnet92": ((3, 4, 23), (256, 512, 1024), (64, 128, 256), "7x7"),
     # paper: Fig. 4, right, a deeper and a wider variant. ours: their block counts, since the text
-    # that we have lacks this figure. The wide one has ResNet-161's width, and 92 layers.
-    "resnet161-deep": ((3, 4, 46), (256, 512, 1024), (64, 128, 256), "7x7"),
-    "resnet161-wide": ((3, 4, 23), (256, 512, 4096), (64, 128, 512), "7x7"),
+    # that we have lacks this figure. Each has one of the two steps from ResNet-92 to ResNet-161.
+    "resnet161-narrow": ((3, 4, 46), (256, 512, 1024), (64, 128, 256), "7x7"),
+    "resnet92-wide": ((3, 4, 23), (256, 512, 4096), (64, 128, 512), "7x7"),
     # paper: A.4, the supervised baselines, "'v2' variant": all four stacks, on whole images.
     "resnet50": ((3, 4, 6, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
     "resnet101": ((3, 4, 23, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
@@ -99,7 +99,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, width: int, stride: int, norm: str):
         super().__init__()
-        bias = norm == "none"  # a norm behind a convolution has a bias of its own
+        bias = norm == "none"  # a norm after a convolution has a bias of its own
         self.norm1 = NORMS[norm](in_channels)
         self.conv1 = Conv1x1(in_channels, width, bias)
         self.norm2 = NORMS[norm](width)
@@ -256,7 +256,7 @@ class TorchvisionResNet(nn.Module):
         model = models.get_model(name, weights=None)
         if weights:
             model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self.layers = nn.Sequential(*list(model.children())[:4 + stacks])  # behind the stem's four
+        self.layers = nn.Sequential(*list(model.children())[:4 + stacks])  # after the stem's four
         self.stride = 2 ** (1 + stacks)
         self.out_channels = model.fc.in_features // 2 ** (4 - stacks)
 

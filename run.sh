@@ -155,8 +155,8 @@ paper() {
     variant patch-flips --flip 0.5
     variant lengths-2-5 --lengths 2 3 4 5
     variant resnet92 --arch resnet92
-    variant deeper --arch resnet161-deep
-    variant wider --arch resnet161-wide
+    variant narrow --arch resnet161-narrow
+    variant shallow --arch resnet92-wide
     add "# Table 3, \"ResNet-101\": its first three stacks"
     add $launch detect.py --data $voc --encoder runs/resnet92/encoder.pt --out runs/resnet92-voc
     commands

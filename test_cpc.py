@@ -74,7 +74,7 @@ def generator(seed=0):
 @pytest.mark.parametrize("arch, norm, millions", [
     ("resnet161", "none", 303.4), ("resnet161", "layer", 303.6), ("resnet161", "batch", 303.6),
     ("resnet92", "none", 27.49), ("resnet92", "layer", 27.53),
-    ("resnet161-deep", "none", 53.2), ("resnet161-wide", "none", 152.6)])
+    ("resnet161-narrow", "none", 53.2), ("resnet92-wide", "none", 152.6)])
 def test_parameter_counts(arch, norm, millions):
     """Sec. 4.1 and Fig. 4, against counts made independently of this code."""
     with torch.device("meta"):
@@ -152,7 +152,7 @@ def test_a_1x1_convolution_is_a_matrix_product():
 def test_no_norm_stays_finite_at_full_depth():
     """53 blocks without normalisation: the latents keep the order of the input."""
     torch.manual_seed(0)
-    encoder = resnet.Encoder("resnet161-deep", "none")
+    encoder = resnet.Encoder("resnet161-narrow", "none")
     with torch.no_grad():
         latents = encoder(torch.randn(2, 3, 64, 64))
     assert 0.05 < latents.std() < 20
