@@ -12,6 +12,7 @@ import argparse
 import atexit
 import copy
 import ctypes
+import errno
 import fcntl
 import json
 import math
@@ -505,10 +506,12 @@ def start_process(args: argparse.Namespace) -> torch.device:
     if not dist.is_initialized():
         store, rank, world = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
-            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store, rank, world = next(dist.rendezvous("env://"))
-            # torchrun's store outlives a restart, and so do the addresses of dead processes in it
-            store = dist.PrefixStore(f"start {restarts}", store)
+            # torchrun's own store outlives a restart, and so do the addresses of dead processes in
+            # it. (Nodes may count restarts differently: README, "The paper's scale".)
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
+                store = dist.PrefixStore(f"start {restarts}", store)
         gpu = device if device.type == "cuda" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=gpu)
         if gpu is None:  # threads of gloo that are left running can abort a process at its end
@@ -603,7 +606,8 @@ class Run:
         except BlockingIOError:
             return f"another run is writing to {self.folder}: pass another --out"
         except OSError as error:
-            return f"cannot use --out {self.folder}: {error.strerror}"
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK):  # Lustre, NFS may have no locks
+                return f"cannot use --out {self.folder}: {error.strerror}"
         if not (self.folder / "checkpoint.pt").exists():
             # the log was opened at its end
             if self.file.tell() or (self.folder / "encoder.pt").exists():
