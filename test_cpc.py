@@ -1673,12 +1673,11 @@ def fields(out, event, names):
     return [[line[name] for name in names] for line in events(out, event)]
 
 
-def test_a_continued_evaluation_is_exact_and_repeats_nothing(commands):
+def test_a_continued_evaluation_is_exact_and_repeats_nothing(commands, trained):
     """Stopped by SIGTERM in a fine-tuning, continued: the same results, each trained once."""
     (out, _), again = commands("few labels"), commands("few labels again")
-    encoder = str(out.with_name("cpc") / "encoder.pt")
     evaluation.main(evaluation.parse_args(
-        ["--encoder", encoder, *FEW_LABELS, "--out", str(again)]))
+        ["--encoder", str(trained / "encoder.pt"), *FEW_LABELS, "--out", str(again)]))
     assert len(events(again, "start")) == 2
     for event, names in (("result", ("encoder", "labels", "seed", "held_out_top1", "top1")),
                          ("train", ("fit", "step", "loss"))):
@@ -1721,12 +1720,12 @@ def test_detection_command(commands, tmp_path):
         detect.main(detect.parse_args(["--detect", broken, "--out", str(out)]))
 
 
-def test_a_continued_detection_is_exact_and_repeats_nothing(commands, voc):
+def test_a_continued_detection_is_exact_and_repeats_nothing(commands, trained, voc):
     """Stopped in the second encoder's first phase, continued: the same results."""
     (out, _), again = commands("detection"), commands("detection again")
-    encoder = str(out.with_name("cpc") / "encoder.pt")
     detect.main(detect.parse_args(
-        ["--encoder", encoder, "random", "--data", str(voc), *DETECT, "--out", str(again)]))
+        ["--encoder", str(trained / "encoder.pt"), "random", "--data", str(voc), *DETECT,
+         "--out", str(again)]))
     assert len(events(again, "start")) == 2
     for event, names in (("result", ("encoder", "phase", "held_out_map", "mAP", "ap")),
                          ("train", ("fit", "step", "loss"))):
