@@ -86,12 +86,12 @@ results() {
         ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-5
     add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 1 \
         ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-more
-    add "# At 10 %: longer fine-tuning, larger images, longer from pixels"
+    add "# At 10 %, longer fine-tuning and larger images; longer from pixels"
     add python eval.py --encoder runs/photos/encoder.pt --labels 0.1 --finetune-epochs 40 \
         --out runs/longer-photos
     add python eval.py --encoder runs/photos/encoder.pt --labels 0.1 --crop 128 \
         --out runs/larger-photos
-    add python eval.py --head none --supervised medium --labels 0.1 ${pixels/1800/3600} \
+    add python eval.py --head none --supervised medium --labels 0.01 0.1 ${pixels/1800/3600} \
         --data $data/photos --out runs/longer-pixels
     add "# Photos' encoder on VOC 2007, Table 3, beside the same network trained with all labels"
     add python eval.py --encoder runs/photos/encoder.pt --head none --supervised patched \
