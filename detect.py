@@ -313,7 +313,7 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
         optimizer.param_groups[0]["lr"] = peak * learning_rate(step, stop, 1.0, stop // 10)
         seed = data.derive_seed(args.seed, phase, step + 1)
         # of the scale, and of the anchors and regions that torchvision draws: each process its own
-        torch.manual_seed(data.derive_seed(seed, dist.get_rank()))
+        torch.manual_seed(data.derive_seed(seed, "process", dist.get_rank()))
         images = prepare([image for image, _ in items], device, args.color_drop, seed)
         targets = [{k: truth[k].as_subclass(Tensor).to(device) for k in ("boxes", "labels")}
                    for _, truth in items]

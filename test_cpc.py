@@ -1196,6 +1196,27 @@ def test_colors_are_dropped_over_the_whole_image():
     assert set(kept) == {1, 3} and 70 < kept.count(1) < 130
 
 
+def test_colors_and_scale_are_drawn_independently(tmp_path):
+    """Sec. 2.2's two augmentations, over a hundred steps of one image: the first number that the
+    detector draws, which is of the scale, says nothing about the image's colours."""
+    class Recorder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.drawn = nn.Linear(1, 1), []
+
+        def forward(self, images, targets):
+            dropped = images[0].std((1, 2)).min() < 0.05
+            self.drawn.append(dropped.item() == (torch.rand(()) < 0.5).item())
+            return {"of_boxes": self.backbone(torch.zeros(1)).sum()}
+
+    args = detect.parse_args(["--encoder", "torchvision:resnet18", "--batch-size", "1", "--workers",
+                              "0", "--epochs", "10", "--finetune-epochs", "10"])
+    model, objects = Recorder(), Subset(detect.load_objects("shapes", "train", 64), range(10))
+    nothing, run = Subset(objects.dataset, []), make_run(tmp_path / "run")
+    detect.fit(args, "finetuned", model, objects, nothing, CPU, run, "a")
+    assert len(model.drawn) == 100 and 30 < sum(model.drawn) < 70
+
+
 # ---- A run's folder ------------------------------------------------------------------------------
 
 
