@@ -314,6 +314,7 @@ def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimi
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(make_patches(images, args, device, 0))
     flop = 3 * counter.get_total_flops() / local  # an image's forward, and twice that backward
+    average = copy.deepcopy(model.encoder) if args.average else None
     if args.compile:
         model.encoder.compile_blocks()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -323,6 +324,8 @@ def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimi
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             loss, _ = ddp(make_patches(images, args, device, n))
         data.update(loss, optimizer, model.parameters(), args.clip or math.inf)
+        if args.average:
+            update_average(average, model.encoder, args.average, n)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)

@@ -126,8 +126,8 @@ def augment_patches(images: Tensor, patch: int, stride: int, generator: torch.Ge
         flipped = uniform() < flip
         cols = torch.where(flipped[..., None], cols.flip(-1), cols)
     patches = extract_patches(images, patch, stride)  # [B, G, G, 3, P, P]
-    pixels = (patch * rows[..., :, None] + cols[..., None, :]).flatten(3)  # [B, G, G, P*P]
-    taken = patches.flatten(4).gather(4, pixels[..., None, :].expand(-1, -1, -1, 3, -1))
+    source = (patch * rows[..., :, None] + cols[..., None, :]).flatten(3)  # [B, G, G, P*P]
+    taken = patches.flatten(4).gather(4, source[..., None, :].expand(-1, -1, -1, 3, -1))
     patches = taken.view(patches.shape)
     if color_drop:
         dropped, keep = uniform() < color_drop, (3 * uniform()).long()
@@ -570,7 +570,7 @@ class Run:
         self.flags = {k: v for k, v in vars(args).items() if k not in self.MAY_DIFFER}
         facts["images"] = [len(names), names[0], names[-1]]
         self.identity, self.lines = facts | self.flags, []
-        self.done, self.solution, self.label = {}, {}, None
+        self.done, self.solution, self.key = {}, {}, None
         self.save_seconds, self.saved_at = 60 * args.save_every, time.monotonic()
         self.signal = 0
         problem = [self._open() if self.is_main else None]
@@ -591,7 +591,8 @@ class Run:
             self.file.writelines(self.lines)
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._on_signal)
-        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        here = Path(__file__).parent
+        commit = subprocess.getoutput(f"git -C '{here}' rev-parse HEAD 2>/dev/null")
         versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                         torchvision=torchvision.__version__, commit=commit)
         self.log("start", **vars(args), **facts, **versions, world_size=dist.get_world_size(),
@@ -625,10 +626,10 @@ class Run:
     def save(self) -> None:
         """Replace the checkpoint; Diverged if what was tallied is not finite."""
         training = None
-        if self.label:
+        if self.key:
             self._means()  # for its check alone
             parts = {name: part.state_dict() for name, part in self.parts.items()}
-            training = dict(label=self.label, step=self.step, parts=parts, sums=self.sums,
+            training = dict(key=self.key, step=self.step, parts=parts, sums=self.sums,
                             count=self.count, best=self.best)
         self.saved_at = time.monotonic()
         if self.is_main:
@@ -643,15 +644,15 @@ class Run:
         self.log(event, **result)
         self.save()
 
-    def resume(self, label: str, **parts) -> int:
+    def resume(self, key: str, **parts) -> int:
         """Begin a training, or continue it from the checkpoint. Returns the steps already done.
 
-        label: its name in the log; parts: all that training changes (model, optimizer), with
+        key: its name, also in the log; parts: all that training changes (model, optimizer), with
         `state_dict` and `load_state_dict`: saved with every checkpoint of this training."""
-        self.label, self.parts, self.step = label, parts, 0
+        self.key, self.parts, self.step = key, parts, 0
         self.sums, self.count, self.notes, self.best = {}, 0, {}, None
         saved, self.unfinished = self.unfinished, None
-        if saved and saved["label"] == label:
+        if saved and saved["key"] == key:
             self.step, self.best = saved["step"], saved["best"]
             self.sums, self.count = saved["sums"], saved["count"]
             for name, part in parts.items():
@@ -697,7 +698,7 @@ class Run:
         images: in a step, of all processes; due(done): whether a line of the log and a checkpoint
         are due after so many steps. Saves every `--save-every` minutes too. After SIGTERM or SIGINT
         it saves at the end of the step and leaves with the conventional exit code."""
-        bar = tqdm(batches, self.label, stop, initial=self.step, disable=not self.is_main,
+        bar = tqdm(batches, self.key, stop, initial=self.step, disable=not self.is_main,
                    mininterval=1, unit=" images", unit_scale=images)
         clock, logged = time.monotonic(), self.step
         try:
@@ -710,7 +711,7 @@ class Run:
                 if due(done):
                     means = {name: float(f"{mean:.7g}") for name, mean in self._means().items()}
                     seconds = time.monotonic() - clock
-                    self.log("train", fit=self.label, step=done, **means, **self.notes,
+                    self.log("train", fit=self.key, step=done, **means, **self.notes,
                              seconds=round(seconds, 3),
                              images_per_second=round((done - logged) * images / seconds, 1))
                     self.sums, self.count, self.notes = {}, 0, {}
@@ -721,7 +722,7 @@ class Run:
                     break
         finally:
             bar.close()
-            self.label, self.parts = None, {}
+            self.key, self.parts = None, {}
         caught, _ = self._agree()  # or one that came during the last save
         if caught:
             self._leave(caught)  # in every process, as `_agree` says
@@ -734,7 +735,7 @@ class Run:
         return tuple(both.tolist())
 
     def _on_signal(self, signum: int, frame) -> None:
-        if self.label:
+        if self.key:
             self.signal = signum  # `steps` will see it
         else:
             self._leave(signum)  # outside a training: what was not saved is done again

@@ -459,7 +459,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = data.make_parser(__doc__, out="runs/detect")
     add = parser.add_argument
     add("--data", default="voc", help="folder with VOCdevkit/VOC2007; voc2007: downloaded; shapes")
-    add("--tiny", action="store_true", help="the CPU scale, on shapes; implied by an encoder of it")
+    add("--tiny", action="store_true", help="the CPU scale, on shapes; implied by shapes")
     add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help=ENCODERS)
     add("--detect", type=data.existing, metavar="IMAGE", help="draw what the run in --out finds, "
         "train nothing")
@@ -480,8 +480,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
     early, _ = parser.parse_known_args(argv)
     sources, file = find_encoders([] if early.detect else early.encoder, stacks=3)
-    of_shapes = file and file["trained"]["data"] == "shapes"
-    if early.tiny or (of_shapes and early.data == parser.get_default("data")):
+    if file and file["trained"]["data"] == "shapes":
+        parser.set_defaults(data="shapes")
+    if early.tiny or parser.parse_known_args(argv)[0].data == "shapes":
         parser.set_defaults(tiny=True, **TINY)
     args = parser.parse_args(argv)
     args.sources = sources

@@ -411,17 +411,17 @@ SMALL_ENCODERS = ("tiny", "small", "shallow", "medium")  # of about a million pa
 # The flags' defaults are those of an 11-block head, or of pixels, at the paper's scale. The others:
 RECIPES = {
     # paper: A.3, Adam at 5e-4; ours: the epochs, which are not stated, and all below
-    "linear": dict(epochs=30, min_steps=0, lr=5e-4, weight_decay=0.0, held_out=0.0),
-    "head": {},
-    "small linear": dict(epochs=10, batch_size=64, lr=5e-3),
+    ("paper", "linear"): dict(epochs=30, min_steps=0, lr=5e-4, weight_decay=0.0, held_out=0.0),
+    ("paper", "head"): {},
+    ("small", "linear"): dict(epochs=10, batch_size=64, lr=5e-3),
     # Fine-tuning, four times as long as the first stage: accuracy falls at first, and with 10 % of
     # the labels ends 5 points above that of a fine-tuning as long as the first (held-out photos).
-    "small head": dict(epochs=5, min_steps=450, batch_size=32, held_out=0.05, finetune_epochs=20,
-                       finetune_lr=1e-3),
+    ("small", "head"): dict(epochs=5, min_steps=450, batch_size=32, held_out=0.05,
+                            finetune_epochs=20, finetune_lr=1e-3),
     # on the embedded data set, where the whole of ./run.sh takes minutes
-    "tiny linear": dict(epochs=3, batch_size=64, lr=5e-3),
-    "tiny head": dict(epochs=1, min_steps=60, batch_size=64, held_out=0.05, finetune_epochs=0.5,
-                      finetune_lr=3e-4),
+    ("tiny", "linear"): dict(epochs=3, batch_size=64, lr=5e-3),
+    ("tiny", "head"): dict(epochs=1, min_steps=60, batch_size=64, held_out=0.05,
+                           finetune_epochs=0.5, finetune_lr=3e-4),
 }
 
 
@@ -431,7 +431,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = data.make_parser(__doc__, out="runs/eval")
     add = parser.add_argument
     add("--data", default="imagenet", help=data.DATA + "; with an encoder, its own")
-    add("--tiny", action="store_true", help="the CPU scale, on shapes; implied by an encoder of it")
+    add("--tiny", action="store_true", help="the CPU scale, on shapes; implied by shapes")
     add("--encoder", nargs="+", metavar="NAME", help=ENCODERS + " (default: runs/cpc/encoder.pt)")
     add("--head", choices=("linear", "resnet", "none"), help="none: supervised rows alone "
         "(default: resnet with --labels or --subset, else linear)")
@@ -470,7 +470,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     for source in sources:
         if early.crop and source.file:
             source.file["crop"] = early.crop
-    scale, own = "", "resnet152"  # own: the network that `--supervised` by itself means
+    scale = "paper"
+    baseline = "resnet152"  # that `--supervised` by itself means
     parser.set_defaults(crop=240)  # ours: A.3's for CPC; A.4 gives its networks no size
     if file:
         trained = file["trained"]
@@ -478,20 +479,21 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         if head == "linear":
             parser.set_defaults(color_drop=trained["color_drop"])
         if file["arch"] in SMALL_ENCODERS:
-            scale, own = "small ", file["arch"]
-            if file["stem"] != ARCHITECTURES[own][3]:
-                own += f":{file['stem']}"
-    elif early.tiny:
-        parser.set_defaults(crop=32, min_area=0.6)  # cpc.py's
-        own = "tiny"
+            scale = "small"
+            baseline = file["arch"]
+            if file["stem"] != ARCHITECTURES[baseline][3]:
+                baseline += f":{file['stem']}"
     if early.tiny or parser.parse_known_args(argv)[0].data == "shapes":
-        scale = "tiny "
+        scale = "tiny"
         parser.set_defaults(data="shapes")
-    parser.set_defaults(**RECIPES[kind] | RECIPES[scale + kind])
+        if not file:
+            baseline = "tiny"
+            parser.set_defaults(crop=32, min_area=0.6)  # cpc.py's
+    parser.set_defaults(**RECIPES["paper", kind] | RECIPES[scale, kind])
     args = parser.parse_args(argv)
     args.head, args.encoder = head, names
     args.labels = sorted(set(args.labels or [1.0]))
-    args.supervised = [own] if args.supervised == [] else args.supervised or []
+    args.supervised = [baseline] if args.supervised == [] else args.supervised or []
     args.rows = find_rows(args, sources, file, early.crop)
     for row in args.rows:
         data.grid_side(row.file["crop"], row.file["patch"], row.file["stride"])  # do they tile it?

@@ -53,7 +53,7 @@ class LayerNorm(nn.Module):
     """ours: the paper does not say over which axes of a feature map. All of (C, H, W) make the
     statistics those of one patch: no patch can see another, as it can through batch norm (Sec.
     4.1: "a dependency between patches ... that can be exploited"). Each channel has a scale and a
-    bias. [N, C, H, W] -> the same shape. (`nn.GroupNorm(1, C)` computes the same in more passes.)
+    bias. [N, C, H, W] -> the same shape. (`nn.GroupNorm(1, C)` does this, but not `per_position`.)
 
     per_position: the statistics of each position over its channels, with the same weights, for
     detection, where a map is no longer a patch's (detect.py)."""
@@ -136,7 +136,9 @@ class Encoder(nn.Module):
         blocks, channels, widths, own_stem = ARCHITECTURES[arch]
         self.arch, self.norm, self.stem = arch, norm, stem or own_stem
         self.out_channels = channels[-1]
-        self.checkpointing = self.out_channels == 4096 if checkpointing is None else checkpointing
+        if checkpointing is None:
+            checkpointing = self.out_channels == 4096
+        self.checkpointing = checkpointing
         side, stride, pool = STEMS[self.stem]
         self.stride = stride * pool * 2 ** (len(blocks) - 1)
         self.conv1 = nn.Conv2d(3, widths[0], side, stride, side // 2, bias=norm == "none")

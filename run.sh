@@ -159,8 +159,8 @@ paper() {
     variant patch-flips --flip 0.5
     variant lengths-2-5 --lengths 2 3 4 5
     variant resnet92 --arch resnet92
-    variant narrow --arch resnet161-narrow
-    variant shallow --arch resnet92-wide
+    variant resnet161-narrow --arch resnet161-narrow
+    variant resnet92-wide --arch resnet92-wide
     add "# Table 3, \"ResNet-101\": its first three stacks"
     add $launch detect.py --data $voc --encoder runs/resnet92/encoder.pt --out runs/resnet92-voc
     commands

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are of a CPU, also where GPUs are
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of a CPU, also where GPUs are
 
 import pytest
 import torch
@@ -327,6 +327,16 @@ def epoch_of(workers, seed=0, start=0):
     return [images for images, _ in loader]
 
 
+def test_v1_is_grey():
+    """CPC v1 saw grey images: the transform of its pre-training, and those of its evaluation."""
+    image = torch.randint(0, 256, (3, 60, 70), dtype=torch.uint8, generator=generator())
+    for kind, grey in (("v1", False), ("inception", True), ("test", True), ("inception", False)):
+        made, _ = data.image_transform(kind, 32, grey=grey)(image, 0)
+        assert made.shape == (3, 32, 32) and made.dtype == torch.uint8
+        channels_agree = torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+        assert channels_agree == (grey or kind == "v1")
+
+
 def test_batches_do_not_depend_on_workers_but_on_the_epoch_and_the_seed():
     alone = epoch_of(0)
     assert all(torch.equal(a, b) for a, b in zip(alone, epoch_of(2), strict=True))
@@ -582,6 +592,17 @@ def test_one_batch_can_be_learned():
         loss, accuracy = model(patches)
         data.update(loss, optimizer, model.parameters(), 1.0)
     assert loss < 0.25 * math.log(50) and accuracy > 0.8
+
+
+def test_emb_scale_is_of_predictions_alone():
+    """A.2: `preds_ik` is scaled by emb_scale, the targets are not."""
+    torch.manual_seed(0)
+    direction, latents = cpc.Direction(8, 4, 4, 1.0, [2]), torch.randn(2, 8, 5, 5)
+    targets, predictions = direction(latents)
+    direction.emb_scale = 0.1
+    again, scaled = direction(latents)
+    assert torch.equal(again, targets)
+    assert torch.allclose(scaled[2], 0.1 * predictions[2])
 
 
 def test_learning_rate():
@@ -840,6 +861,36 @@ def test_what_each_row_trains_with(encoder_file):
     assert augmentation("--labels", "0.1")[0]["color_drop"] == 0.0
 
 
+def test_optimisers_and_how_long_each_trains(encoder_file, tmp_path, monkeypatch):
+    """A.3: Adam for the probe, at one rate; AdamW for fine-tuning, SGD from random weights. A
+    supervised row has 2.5 times the steps of CPC's first stage, and no fewer than its two."""
+    trained = {}
+
+    def fit(cell, model, recipe, stage, *rest):
+        optimizer = evaluation.make_optimizer(model, stage, recipe)
+        trained[stage] = type(optimizer), recipe["epochs"], recipe["min_steps"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "fit", fit)
+        patch.setattr(evaluation.Cell, "accuracy", lambda *rest: (0.0, 0.0))
+        for epochs, longer in ((4, 2.5), (12, 4)):
+            flags = ["--encoder", encoder_file, "--labels", 0.1, "--supervised", "--epochs", 4,
+                     "--min-steps", 40, "--finetune-epochs", epochs]
+            evaluation.main(parse_eval(*flags, "--out", tmp_path / str(epochs)))
+            assert trained == {"frozen": (torch.optim.SGD, 4, 40),
+                               "finetuned": (torch.optim.AdamW, epochs, 10 * epochs),
+                               "scratch": (torch.optim.SGD, 4 * longer, 40 * longer)}
+    rates, update = [], data.update
+
+    def recorded(loss, optimizer, *rest):
+        rates.append((type(optimizer), optimizer.param_groups[0]["lr"]))
+        return update(loss, optimizer, *rest)
+
+    monkeypatch.setattr(data, "update", recorded)
+    classify(make_cell(encoder_file), tmp_path / "probe")
+    assert set(rates) == {(torch.optim.AdamW, RECIPE["lr"])} and len(rates) == 12
+
+
 def test_a_larger_crop_is_a_larger_grid(encoder_file):
     cell = make_cell(encoder_file, "--labels", "0.1", "--crop", "44")
     image, _ = cell.test.dataset[0]
@@ -856,12 +907,20 @@ def test_a_larger_crop_is_a_larger_grid(encoder_file):
         parse_eval("--encoder", encoder_file, "--crop", "40")
 
 
-def test_an_encoder_of_shapes_means_the_tiny_scale_on_shapes_alone(encoder_file):
+def test_shapes_mean_the_tiny_scale(encoder_file):
+    """Whether the encoder or --data says so, and no other data does."""
+    shapes = ["--encoder", str(encoder_file)]
+    photos = ["--encoder", str(HERE / "assets/cpc-photos.pt")]
     for module in (evaluation, detect):
-        tiny = module.parse_args(["--encoder", str(encoder_file)])
-        other = module.parse_args(["--encoder", str(encoder_file), "--data", "elsewhere"])
-        assert (tiny.data, other.data) == ("shapes", "elsewhere")
-        assert tiny.epochs < other.epochs
+        tiny = module.parse_args(shapes)
+        assert tiny.data == "shapes"
+        assert module.parse_args([*photos, "--data", "shapes"]).epochs == tiny.epochs
+        for name in ("elsewhere", "voc"):
+            other = module.parse_args([*shapes, "--data", name])
+            assert other.data == name and other.epochs > tiny.epochs
+    pixels = parse_eval("--head", "none", "--supervised", "--data", "shapes")
+    assert vars(pixels) == vars(parse_eval("--head", "none", "--supervised", "--tiny")) | {
+        "tiny": False}
 
 
 def test_two_encoders_are_two_rows_and_a_baseline_depends_on_none(encoder_file, tmp_path,
@@ -1275,9 +1334,9 @@ def test_a_file_system_may_have_no_locks(tmp_path, monkeypatch):
     make_run(tmp_path)
 
 
-def steps_of(run, values, label="train", after=None):
+def steps_of(run, values, key="train", after=None):
     """A training whose loss takes these values; `after(step)` is called in each step's body."""
-    start = run.resume(label)
+    start = run.resume(key)
     for step, value in run.steps(values[start:], len(values), 1, due=lambda done: done == 4):
         run.tally(loss=torch.tensor(float(value)))
         if after:
@@ -1489,7 +1548,7 @@ def test_any_number_of_processes_computes_the_same(commands, monkeypatch):
 
 # ---- Whole commands ------------------------------------------------------------------------------
 
-TINY = ["--tiny", "--batch-size", "8", "--epochs", "2", "--warmup", "2"]
+TINY = ["--tiny", "--batch-size", "8", "--epochs", "2", "--warmup", "2", "--average", "0.9"]
 DETECT = ["--tiny", "--epochs", "2", "--finetune-epochs", "1", "--batch-size", "2",
           "--regions", "8", "--proposals", "8", "--held-out", "0.2"]
 ONE_THREAD = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
@@ -1609,6 +1668,15 @@ def test_pretraining_leaves_what_it_promises(trained):
         assert min(Image.open(trained / name).size) > 100
     file = resnet.load_encoder(trained / "encoder.pt")[1]
     assert file["trained"]["epochs"] == 2 and str(trained) not in str(file)
+
+
+def test_the_encoder_is_the_average(trained):
+    """encoder.pt holds the average of the encoder's weights, not the last of them."""
+    encoder, _ = resnet.load_encoder(trained / "encoder.pt")
+    parts = torch.load(trained / "checkpoint.pt", weights_only=True)["training"]["parts"]
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, parts["average"][name])
+    assert not torch.equal(encoder.conv1.weight, parts["model"]["encoder.conv1.weight"])
 
 
 def test_a_run_is_never_overwritten(trained, folder, capsys):
