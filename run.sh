@@ -64,7 +64,7 @@ results() {
     printf -v data %q "$1"
     lines=""
     photos="--tiny --arch small --stem 7x7 --crop 96 --patch 32 --stride 16 --min-area 0.3"
-    photos+=" --hidden 128 --target-dim 64 --lr 2e-3 --warmup 200 --batch-size 64 --epochs 56"
+    photos+=" --hidden 128 --target-dim 64 --lr 2e-3 --warmup 200 --batch-size 64 --epochs 144"
     pixels="--crop 120 --min-area 0.3 --batch-size 32 --min-steps 1800 --epochs 10 --held-out 0.05"
     add export OMP_NUM_THREADS=1
     add "# Photos: pre-training, Table 1 (linear), Fig. 1"
@@ -86,13 +86,11 @@ results() {
         ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-5
     add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 1 \
         ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-more
-    add "# At 10 %, longer fine-tuning and larger images; longer from pixels"
-    add python eval.py --encoder runs/photos/encoder.pt --labels 0.1 --finetune-epochs 40 \
-        --out runs/longer-photos
-    add python eval.py --encoder runs/photos/encoder.pt --labels 0.1 --crop 128 \
-        --out runs/larger-photos
+    add "# Longer from pixels; slower fine-tuning"
     add python eval.py --head none --supervised medium --labels 0.01 0.1 ${pixels/1800/3600} \
         --data $data/photos --out runs/longer-pixels
+    add python eval.py --encoder runs/photos/encoder.pt --labels 0.01 --finetune-epochs 5 \
+        --finetune-lr 3e-4 --out runs/slower-fine-tuning
     add "# Photos' encoder on VOC 2007, Table 3, beside the same network trained with all labels"
     add python eval.py --encoder runs/photos/encoder.pt --head none --supervised patched \
         --epochs 4 --out runs/photos-patched
