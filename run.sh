@@ -79,6 +79,11 @@ results() {
             --data $data/photos --out runs/photos-pixels-$s
         add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s \
             ${pixels/1800/900} --data $data/photos --out runs/short-pixels-$s
+        add "# longer from pixels; slower fine-tuning"
+        add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s \
+            ${pixels/1800/3600} --data $data/photos --out runs/longer-pixels-$s
+        add python eval.py --encoder runs/photos/encoder.pt --labels 0.01 --finetune-epochs 5 \
+            --finetune-lr 3e-4 --seed $s --out runs/slower-fine-tuning-1-$s
     done
     add python eval.py --encoder runs/photos/encoder.pt --labels 0.02 0.05 0.2 0.5 1 \
         --out runs/photos-labels-more
@@ -86,11 +91,6 @@ results() {
         ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-5
     add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 1 \
         ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-more
-    add "# Longer from pixels; slower fine-tuning"
-    add python eval.py --head none --supervised medium --labels 0.01 0.1 ${pixels/1800/3600} \
-        --data $data/photos --out runs/longer-pixels
-    add python eval.py --encoder runs/photos/encoder.pt --labels 0.01 --finetune-epochs 5 \
-        --finetune-lr 3e-4 --out runs/slower-fine-tuning
     add "# Photos' encoder on VOC 2007, Table 3, beside the same network trained with all labels"
     add python eval.py --encoder runs/photos/encoder.pt --head none --supervised patched \
         --epochs 4 --out runs/photos-patched
