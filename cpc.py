@@ -96,8 +96,8 @@ def info_nce(predictions: Tensor, targets: Tensor, k: int,
     loss = hits = 0
     with torch.autocast(targets.device.type, enabled=False):  # ours: logits in float32
         limit = 8 * CHUNK if targets.is_cuda else CHUNK
-        rows = max(1, limit // len(candidates))
-        for q, y in zip(queries.split(rows), labels.split(rows)):
+        chunk = max(1, limit // len(candidates))
+        for q, y in zip(queries.split(chunk), labels.split(chunk)):
             if len(q) == len(queries):
                 sums = softmax_loss(q, candidates, y)
             else:  # too many logits: a chunk at a time, computed again in the backward pass
@@ -360,7 +360,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line, checked: exits with one line on flags that cannot work together."""
     parser = data.make_parser(__doc__, out="runs/cpc")
     add = parser.add_argument
-    add("--data", default="imagenet", help=data.DATA)
+    add("--data", default="imagenet", help=data.DATA_HELP)
     add("--tiny", action="store_true", help="the CPU scale, on shapes")
     add("--preset", choices=PRESETS, default="v2", help="v1: CPC v1, where Fig. 3 starts")
     # Sec. 4.1, the axes of Fig. 3 and 4
@@ -370,7 +370,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--directions", type=int, choices=CPC.TURNS, default=4, help="of prediction")  # paper
     add("--lengths", type=COUNT, nargs="+", default=[2, 3], metavar="K", help="rows ahead")  # paper
     add("--color-drop", type=SHARE, default=0.5, help="probability for a patch")  # ours: not stated
-    add("--flip", type=SHARE, default=0.0, help="probability for a patch")  # paper: no gain here
+    add("--flip", type=SHARE, default=0.0, help="probability for a patch")  # paper: no gain in v2
     add("--jitter", action=BooleanOptionalAction, default=True, help="shift patches")  # paper
     # A.3: the geometry, a 6x6 grid; A.2's example has 7x7, which is v1's 256/64/32
     add("--crop", type=COUNT, default=240, help="side of the image, pixels")  # paper
@@ -417,7 +417,7 @@ def main(args: Namespace) -> None:
     least = 0 if args.benchmark else args.warmup
     if stop <= least:
         raise SystemExit(f"{len(dataset)} images are {stop} steps of --batch-size "
-                         f"{args.batch_size}, no more than --warmup {least}: lower one")
+                         f"{args.batch_size}, not more than {least}: lower it, or --warmup")
 
     torch.manual_seed(args.seed)  # the same initial weights everywhere
     encoder = Encoder(args.arch, args.norm, args.stem, args.checkpointing)

@@ -501,14 +501,16 @@ def start_process(args: argparse.Namespace) -> torch.device:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0)  # M_MMAP_MAX
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # no other node listens
+    # One node: no other listens. Several: the user names their network interface in this variable.
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     if not dist.is_initialized():
         store, rank, world = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
             store, rank, world = next(dist.rendezvous("env://"))
             # torchrun's own store outlives a restart, and so do the addresses of dead processes in
-            # it. (Nodes may count restarts differently: README, "The paper's scale".)
+            # it. (Nodes may count restarts differently: with --rdzv_backend=c10d a restart on
+            # several needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.)
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
                 store = dist.PrefixStore(f"start {restarts}", store)
@@ -804,8 +806,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return action.help if told else super()._get_help_string(action)
 
 
-DATA = ("folder with train/ and val/ (or test/), class folders in them, perhaps unlabelled/; for "
-        "cpc.py any folder of images; or shapes (made), cifar10, stl10, imagenette (downloaded)")
+DATA_HELP = ("folder with train/ and val/ (or test/), class folders in them, perhaps unlabelled/; "
+             "for cpc.py any folder of images; or shapes (made), cifar10, stl10, imagenette "
+             "(downloaded)")
 
 
 def make_parser(doc: str, out: str) -> argparse.ArgumentParser:

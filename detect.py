@@ -44,7 +44,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
 import data
 from data import COUNT, RATE, SHARE, learning_rate, number
-from resnet import (ENCODERS, Bottleneck, Encoder, LayerNorm, Source, TorchvisionResNet,
+from resnet import (ENCODER_HELP, Bottleneck, Encoder, LayerNorm, Source, TorchvisionResNet,
                     find_encoders, load_file, save_file)
 
 # ---- The detector --------------------------------------------------------------------------------
@@ -460,10 +460,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("--data", default="voc", help="folder with VOCdevkit/VOC2007; voc2007: downloaded; shapes")
     add("--tiny", action="store_true", help="the CPU scale, on shapes; implied by shapes")
-    add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help=ENCODERS)
+    add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help=ENCODER_HELP)
     add("--detect", type=data.existing, metavar="IMAGE", help="draw what the run in --out finds, "
         "train nothing")
-    # Sec. 2.2: color-dropping and scale-augmentation, which is around --side
+    # Sec. 2.2: "color-dropping and scale-augmentation"; the scale is drawn around --side
     add("--side", type=number(32, 1e4, int), default=480, help="shorter side, pixels")  # ours
     add("--color-drop", type=SHARE, default=0.5, help="probability for an image")  # ours
     add("--proposals", type=number(1, 1e4, int), default=300, help="of a test image")  # Ren 2015

@@ -35,8 +35,8 @@ from torchvision.transforms import v2
 
 import data
 from data import COUNT, RATE, SHARE, learning_rate, number
-from resnet import (ARCHITECTURES, ENCODERS, STEMS, Bottleneck, Encoder, Source, find_encoders,
-                    save_encoder)
+from resnet import (ARCHITECTURES, ENCODER_HELP, STEMS, Bottleneck, Encoder, Source,
+                    find_encoders, save_encoder)
 
 # ---- Classifiers h_psi: latents [B, D, G, G] -> logits [B, classes] ------------------------------
 
@@ -242,7 +242,7 @@ def make_optimizer(model: Classifier, stage: str, recipe: dict) -> torch.optim.O
     """Adam for a linear probe, AdamW for fine-tuning, SGD for what starts from random weights."""
     weights = [p for p in model.parameters() if p.requires_grad]
     lr, decay = recipe["lr"], recipe["weight_decay"]
-    # paper: A.3's Adam for the probe, which is AdamW at the default decay of 0. ours: the others;
+    # paper: A.3's Adam for the probe, which is AdamW at RECIPES' decay of 0. ours: the others;
     # SGD at a tenth of the rate undid a tiny encoder within six steps of fine-tuning, and A.4
     # names learning rates and weight decays, not the optimiser that they suit.
     if isinstance(model.head, LinearProbe) or stage == "finetuned":
@@ -262,8 +262,8 @@ def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: 
         start_top1: float | None = None) -> float | None:
     """Train `model` in place and return its held-out top-1 (None: no held-out images).
 
-    Early stopping (Sec. 2.2 has it for fine-tuning; ours: wherever there are held-out images, which
-    a linear probe has none of by default). The schedule runs to its end; ten times along the way
+    Early stopping (Sec. 2.2 has it for fine-tuning; ours: wherever `--held-out` is not 0, which it
+    is for a linear probe by default). The schedule runs to its end; ten times along the way
     the held-out images are tested. The best of these states is restored, or the initial one if its
     accuracy (start_top1) is known and as high. Without held-out images the last state stays."""
     world = dist.get_world_size()
@@ -430,9 +430,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     scale, data and augmentation their defaults."""
     parser = data.make_parser(__doc__, out="runs/eval")
     add = parser.add_argument
-    add("--data", default="imagenet", help=data.DATA + "; with an encoder, its own")
+    add("--data", default="imagenet", help=data.DATA_HELP + "; with an encoder, its own")
     add("--tiny", action="store_true", help="the CPU scale, on shapes; implied by shapes")
-    add("--encoder", nargs="+", metavar="NAME", help=ENCODERS + " (default: runs/cpc/encoder.pt)")
+    add("--encoder", nargs="+", metavar="NAME", help=ENCODER_HELP + " (default: "
+        "runs/cpc/encoder.pt)")
     add("--head", choices=("linear", "resnet", "none"), help="none: supervised rows alone "
         "(default: resnet with --labels or --subset, else linear)")
     which = parser.add_mutually_exclusive_group()

@@ -291,8 +291,8 @@ class Source(NamedTuple):
         return network
 
 
-ENCODERS = ("FILE: what cpc.py wrote; random: the network named before it, untrained; "
-            "torchvision:resnet50[:WEIGHTS]")
+ENCODER_HELP = ("FILE: what cpc.py wrote; random: the network named before it, untrained; "
+                "torchvision:resnet50[:WEIGHTS]")
 
 
 def find_encoders(names: list[str], stacks: int = 4) -> tuple[list[Source], dict | None]:

@@ -123,7 +123,8 @@ variant() {  # Fig. 3 and 4: a name and one change from v2; linear, and with few
 
 paper() {
     printf -v data %q "$1"
-    lines="" voc=${VOC:-voc2007}
+    printf -v voc %q "${VOC:-voc2007}"
+    lines=""
     launch="torchrun --nproc_per_node=${GPUS:-8}"
     labels="0.01 0.02 0.05 0.1 0.2 0.5 1"
     v2="--data $data --encoder runs/v2/encoder.pt"

@@ -1888,7 +1888,7 @@ PIXELS = ["--tiny", "--head", "none", "--supervised"]
     ("cpc.py", ["--tiny", "--workers", "-5"], "-5 is not between 0"),
     ("cpc.py", ["--tiny", "--emb-scale", "nan"], "nan is not between"),
     ("cpc.py", ["--tiny", "--batch-size", "0"], "0 is not between 1"),
-    ("cpc.py", ["--tiny", "--warmup", "496"], "no more than --warmup 496: lower one"),
+    ("cpc.py", ["--tiny", "--warmup", "496"], "not more than 496: lower it, or --warmup"),
     ("cpc.py", ["--tiny", "--arch", "resnet92"], "pass --stem 3x3"),
     ("cpc.py", ["--tiny", "--batch-size", "9000"], "4000 images are 0 steps of --batch-size 9000"),
     ("cpc.py", ["--tiny", "--direction", "4"], "unrecognized arguments"),
