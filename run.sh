@@ -72,21 +72,18 @@ results() {
     add python eval.py --encoder runs/photos/encoder.pt --epochs 3 --out runs/photos-linear
     for s in 0 1 2; do
         add python eval.py --encoder runs/photos/encoder.pt --labels 0.01 --finetune-epochs 5 \
-            --seed $s --out runs/photos-labels-1-$s
-        add python eval.py --encoder runs/photos/encoder.pt --labels 0.1 --seed $s \
+            --crop 128 --seed $s --out runs/photos-labels-1-$s
+        add python eval.py --encoder runs/photos/encoder.pt --labels 0.1 --crop 128 --seed $s \
             --out runs/photos-labels-10-$s
         add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s $pixels \
             --data $data/photos --out runs/photos-pixels-$s
         add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s \
             ${pixels/1800/900} --data $data/photos --out runs/short-pixels-$s
-        add "# longer from pixels; slower fine-tuning"
         add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s \
             ${pixels/1800/3600} --data $data/photos --out runs/longer-pixels-$s
-        add python eval.py --encoder runs/photos/encoder.pt --labels 0.01 --finetune-epochs 5 \
-            --finetune-lr 3e-4 --seed $s --out runs/slower-fine-tuning-1-$s
     done
     add python eval.py --encoder runs/photos/encoder.pt --labels 0.02 0.05 0.2 0.5 1 \
-        --out runs/photos-labels-more
+        --crop 128 --out runs/photos-labels-more
     add python eval.py --head none --supervised medium --labels 0.05 --sweep 4 \
         ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-5
     add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 1 \
