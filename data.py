@@ -501,7 +501,8 @@ def start_process(args: argparse.Namespace) -> torch.device:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0)  # M_MMAP_MAX
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    # One node: no other listens. Several: the user names their network interface in this variable.
+    # One node: no other listens. Several: the user names their network interface in this variable,
+    # and --out must be a folder that all of them share.
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     if not dist.is_initialized():
