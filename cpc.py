@@ -197,9 +197,12 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     stop = args.epochs * steps_per_epoch
     G = data.grid_side(args.crop, args.patch, args.stride)
     chance = math.log(args.batch_size * G**2)  # the loss of guessing among all patches of a batch
-    # batch norm's statistics are each process's (Sec. 4.1's comparison), all else is the batch's
-    processes = dist.get_world_size() if args.norm == "batch" else "any"
-    run = data.Run(args, data.names_of(dataset), processes=processes)
+    # batch norm's statistics are each process's (Sec. 4.1's comparison), all else is the batch's;
+    # and a block that is computed again updates them again
+    processes = recomputed = "any"
+    if args.norm == "batch":
+        processes, recomputed = dist.get_world_size(), model.encoder.checkpointing
+    run = data.Run(args, data.names_of(dataset), processes=processes, recomputed=recomputed)
     parts = {"model": model, "optimizer": optimizer}
     if args.average:  # ours: of the encoder alone: the rest is discarded after training
         parts["average"] = copy.deepcopy(model.encoder)
@@ -389,7 +392,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=RATE, default=4e-4, help="peak learning rate of Adam")
     add("--warmup", type=number(0, 1e9, int), default=1000, help="steps to the peak")
     add("--clip", type=number(0, 1e9), default=0.01, help="gradient norm, 0 for none")
-    add("--average", type=number(0, 1 - 1e-7), default=0.9999, help="its decay, 0: no average")
+    add("--average", type=number(0, 0.99999), default=0.9999, help="its decay, 0: no average")
     # how it runs
     # ours: 128 images of ResNet-161 on a GPU take 56 GiB with recomputed activations, 127 without
     add("--checkpointing", action=BooleanOptionalAction, help="recompute (default: 4096 channels)")

@@ -19,7 +19,6 @@ Shapes: R regions, D latent channels, H W an image's sides.
 
 import copy
 import math
-import os
 import time
 from argparse import Namespace
 from operator import itemgetter
@@ -428,11 +427,13 @@ def print_table(results: dict[str, dict], classes: list[str]) -> None:
 
 def detect_one(args: Namespace) -> None:
     """`--detect`: draw what the run in --out finds in one picture, into that run's folder."""
-    # the encoder that was named first was trained first
-    models = sorted(Path(args.out).glob("*/model.pt"), key=os.path.getmtime)
-    if not models:
+    checkpoint = Path(args.out) / "checkpoint.pt"
+    done = load_file(checkpoint, "checkpoint")["done"] if checkpoint.is_file() else {}
+    if not done:
         raise SystemExit(f"no detector in {args.out}: run detect.py first, or pass --out")
-    saved = load_file(models[0], "detector")
+    encoder_name, _ = next(iter(done)).split("/")  # the encoder that was named first
+    model_file = Path(args.out) / encoder_name / "model.pt"
+    saved = load_file(model_file, "detector")
     network = {"Encoder": Encoder, "TorchvisionResNet": TorchvisionResNet}[saved["network"]]
     encoder = network(*saved["arguments"])
     model = build_detector(encoder, len(saved["classes"]), **saved["sizes"]).eval()
@@ -443,7 +444,7 @@ def detect_one(args: Namespace) -> None:
         (found,) = model(prepare([image], torch.device("cpu")))
     path = Path(args.out) / f"detected-{Path(args.detect).stem}.png"
     save_image(draw(image, found, saved["classes"]) / 255, path)
-    print(f"wrote {path}, by {models[0]}: {int((found['scores'] >= 0.5).sum())} objects that score "
+    print(f"wrote {path}, by {model_file}: {int((found['scores'] >= 0.5).sum())} objects that score "
           f"0.5 or more")
 
 
@@ -498,6 +499,9 @@ def main(args: Namespace) -> None:
     torch.backends.cudnn.benchmark = False  # images and batches differ in size
     whole, test_set = (load_objects(args.data, split, args.side) for split in ("train", "test"))
     chosen, held = data.label_subset([0] * len(whole), 1.0, args.seed, args.held_out)
+    if args.held_out and not held:
+        raise SystemExit(f"--held-out {args.held_out} of {len(whole)} images is none: raise it, or "
+                         f"pass 0 for a fixed schedule")
     train_set, held_out = Subset(whole, chosen), Subset(whole, held)
     run = data.Run(args, whole.names, processes=dist.get_world_size(),
                    encoders=list(map(data.fingerprint, args.encoder)))

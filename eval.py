@@ -534,8 +534,9 @@ def main(args: Namespace) -> None:
         raise SystemExit(f"--held-out {args.held_out} of {len(train_set)} images in {classes} "
                          f"classes is none: raise it, or pass 0 for a fixed schedule")
     rows = vars(args).pop("rows")
-    files = [data.fingerprint(name) for name in (*args.encoder, args.subset or "")]
-    run = data.Run(args, data.names_of(train_set), processes=dist.get_world_size(), files=files)
+    run = data.Run(args, data.names_of(train_set), processes=dist.get_world_size(),
+                   encoders=list(map(data.fingerprint, args.encoder)),
+                   labelled=data.fingerprint(args.subset or ""))
     names = ("epochs", "min_steps", "batch_size", "lr", "weight_decay", "dropout")
     for seed in seeds:
         for row in rows:
