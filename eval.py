@@ -360,11 +360,14 @@ def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
             labelled_images=len(cell.train), held_out_images=len(cell.held_out), seed=cell.seed,
             held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe,
             seconds=round(time.time() - began, 1))  # since the last start
-        if run.is_main and row.supervised and row.name != "pixels":
-            # for detect.py's `--encoder`: a supervised trunk beside CPC's (Table 3's: a ResNet-152)
+        if run.is_main and row.supervised and len(ARCHITECTURES[model.encoder.arch][0]) == 3:
+            # conv1 to conv4: for detect.py's `--encoder`, a supervised trunk beside CPC's (Table
+            # 3's: a ResNet-152)
             how = dict(data=args.data, supervised=row.name, labels=cell.labels, jitter=False,
                        flip=0.0, color_drop=0.0, image_aug="inception", min_area=args.min_area)
-            path = run.folder / f"{row.name}-{cell.labels:g}-seed-{cell.seed}.pt"
+            name = row.arch if row.name == "pixels" else row.name
+            name = name.replace(":", "-").replace("/", "-")  # small:3x3/2
+            path = run.folder / f"{name}-{cell.labels:g}-seed-{cell.seed}.pt"
             save_encoder(path, model.encoder, row.file | {"trained": run.flags | how})
         run.finish(key, "result", result, None if stage == stages[-1] else model.head.state_dict())
 

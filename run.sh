@@ -90,11 +90,13 @@ results() {
         ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-more
     add "# Photos' encoder on VOC 2007, Table 3, beside the same network trained with all labels"
     add python eval.py --encoder runs/photos/encoder.pt --head none --supervised patched \
-        --epochs 4 --out runs/photos-patched
-    add python detect.py --tiny --data $data --encoder runs/photos/encoder.pt random \
-        runs/photos-patched/patched-1-seed-0.pt --side 240 --regions 64 --proposals 100 \
-        --held-out 0.1 --epochs 12 --finetune-epochs 4 --lr 1e-3 --finetune-lr 3e-4 \
-        --out runs/photos-voc
+        --epochs 10 --out runs/photos-patched
+    for s in 0 1 2; do
+        add python detect.py --tiny --data $data --encoder runs/photos/encoder.pt random \
+            runs/photos-patched/patched-1-seed-0.pt --side 240 --regions 64 --proposals 100 \
+            --held-out 0.1 --epochs 12 --finetune-epochs 4 --lr 1e-3 --finetune-lr 3e-4 \
+            --seed $s --out runs/photos-voc-$s
+    done
     add "# Shapes, five seeds, 1 % of the labels; then as short as ./run.sh has it"
     pixels="--tiny --head none --supervised tiny --labels 0.01 --epochs 1 --min-steps 960"
     pixels+=" --batch-size 64 --held-out 0.05"
