@@ -975,22 +975,26 @@ def test_supervised_rows(encoder_file):
             assert torch.equal(cell.patches(images).flatten(0, 2), data.normalise(images))
 
 
-def test_a_supervised_encoder_may_be_a_trunk(encoder_file, tmp_path):
-    """Table 3's other row: what `patched` has learned is a file for --encoder, by its own name."""
-    cell = make_cell(encoder_file, "--head", "none", "--supervised", "patched")
+@pytest.mark.parametrize("network, kind, saved, geometry", [
+    ("patched", "patched", "patched", [32, 8, 6]),
+    ("tiny:3x3/2", "pixels", "tiny-3x3-2", [32, 32, 1])])
+def test_a_supervised_encoder_may_be_a_trunk(network, kind, saved, geometry, encoder_file,
+                                             tmp_path):
+    """Table 3's other row: what a network has learned is a file for --encoder, by its own name."""
+    cell = make_cell(encoder_file, "--head", "none", "--supervised", network)
     classify(cell, tmp_path / "run")
-    file = str(tmp_path / "run" / "patched-0.1-seed-0.pt")
+    file = str(tmp_path / "run" / f"{saved}-0.1-seed-0.pt")
     before = Path(file).read_bytes()
     classify(cell, tmp_path / "run")  # done: nothing is trained, and nothing written
     assert Path(file).read_bytes() == before
     (found,) = detect.parse_args(["--encoder", file]).sources
     learned, fresh = found.make(0).state_dict(), cell.row.make(0).state_dict()
-    assert found.name == "patched" and found.file["trained"]["labels"] == 0.1
+    assert found.name == kind and found.file["trained"]["labels"] == 0.1
     assert learned.keys() == fresh.keys()
     assert not any(torch.equal(learned[k], fresh[k]) for k in fresh if "bias" not in k)
     again = make_cell(file, "--head", "linear").row
-    assert again.name == "patched"
-    assert [again.file[name] for name in ("crop", "patch", "stride")] == [32, 8, 6]
+    assert again.name == kind
+    assert [again.file[name] for name in ("crop", "patch", "stride")] == geometry
 
 
 def test_sweep_selects_by_held_out_images_alone(encoder_file, tmp_path, monkeypatch):
