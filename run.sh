@@ -88,12 +88,12 @@ results() {
         ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-5
     add python eval.py --head none --supervised medium --labels 0.02 0.2 0.5 1 \
         ${pixels/1800/900} --data $data/photos --out runs/photos-pixels-more
-    add "# Photos' encoder on VOC 2007, Table 3, beside the same network trained with all labels"
-    add python eval.py --encoder runs/photos/encoder.pt --head none --supervised patched \
-        --epochs 10 --out runs/photos-patched
+    add "# Photos' encoder on VOC 2007, Table 3, beside its architecture trained with all labels"
+    add python eval.py --head none --supervised small:7x7 --labels 1 ${pixels/1800/900} \
+        --data $data/photos --out runs/photos-trunk
     for s in 0 1 2; do
         add python detect.py --tiny --data $data --encoder runs/photos/encoder.pt random \
-            runs/photos-patched/patched-1-seed-0.pt --side 240 --regions 64 --proposals 100 \
+            runs/photos-trunk/small-7x7-1-seed-0.pt --side 240 --regions 64 --proposals 100 \
             --held-out 0.1 --epochs 12 --finetune-epochs 4 --lr 1e-3 --finetune-lr 3e-4 \
             --seed $s --out runs/photos-voc-$s
     done
