@@ -431,7 +431,7 @@ def detect_one(args: Namespace) -> None:
     done = load_file(checkpoint, "checkpoint")["done"] if checkpoint.is_file() else {}
     if not done:
         raise SystemExit(f"no detector in {args.out}: run detect.py first, or pass --out")
-    encoder_name, _ = next(iter(done)).split("/")  # the encoder that was named first
+    encoder_name = next(iter(done)).partition("/")[0]  # the one that was named first
     model_file = Path(args.out) / encoder_name / "model.pt"
     saved = load_file(model_file, "detector")
     network = {"Encoder": Encoder, "TorchvisionResNet": TorchvisionResNet}[saved["network"]]
@@ -444,8 +444,8 @@ def detect_one(args: Namespace) -> None:
         (found,) = model(prepare([image], torch.device("cpu")))
     path = Path(args.out) / f"detected-{Path(args.detect).stem}.png"
     save_image(draw(image, found, saved["classes"]) / 255, path)
-    print(f"wrote {path}, by {model_file}: {int((found['scores'] >= 0.5).sum())} objects that score "
-          f"0.5 or more")
+    sure = int((found["scores"] >= 0.5).sum())
+    print(f"wrote {path}, by {model_file}: {sure} objects that score 0.5 or more")
 
 
 # ---- Command line --------------------------------------------------------------------------------
