@@ -51,7 +51,7 @@ class PixelCNN(nn.Module):
                 Conv1x1(channels, hidden), nn.ReLU(inplace=True),
                 # SAME padding, which A.2 does not state but its residual sum needs
                 nn.Conv2d(hidden, hidden, (1, 3), padding=(0, 1)),
-                nn.ZeroPad2d((0, 0, 1, 0)),  # a row of zeros on top, and with the VALID 2x1 below
+                nn.ZeroPad2d((0, 0, 1, 0)),  # one row of zeros on top, so that in the VALID 2x1
                 nn.Conv2d(hidden, hidden, (2, 1)), nn.ReLU(inplace=True),  # row i sees i - 1 and i
                 Conv1x1(hidden, channels),
             ) for _ in range(5))  # paper: A.2, five blocks
@@ -63,7 +63,7 @@ class PixelCNN(nn.Module):
         return F.relu(c)
 
 
-CHUNK = 2**24  # ours: logits computed at a time, 64 MB; on a GPU eight times as many
+MAX_LOGITS = 2**24  # ours: held at once, 64 MB in float32; on a GPU eight times as many
 
 
 def softmax_loss(queries: Tensor, candidates: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,12 +95,12 @@ def info_nce(predictions: Tensor, targets: Tensor, k: int,
     labels = index[first_image:first_image + B, k:].flatten()  # of z[i + k, j], for c[i, j]
     loss = hits = 0
     with torch.autocast(targets.device.type, enabled=False):  # ours: logits in float32
-        limit = 8 * CHUNK if targets.is_cuda else CHUNK
-        chunk = max(1, limit // len(candidates))
+        max_logits = 8 * MAX_LOGITS if targets.is_cuda else MAX_LOGITS
+        chunk = max(1, max_logits // len(candidates))  # queries at a time
         for q, y in zip(queries.split(chunk), labels.split(chunk)):
             if len(q) == len(queries):
                 sums = softmax_loss(q, candidates, y)
-            else:  # too many logits: a chunk at a time, computed again in the backward pass
+            else:  # too many logits: chunk by chunk, computed again in the backward pass
                 sums = checkpoint(softmax_loss, q, candidates, y, use_reentrant=False,
                                   preserve_rng_state=False)
             loss, hits = loss + sums[0], hits + sums[1]
@@ -197,8 +197,9 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     stop = args.epochs * steps_per_epoch
     G = data.grid_side(args.crop, args.patch, args.stride)
     chance = math.log(args.batch_size * G**2)  # the loss of guessing among all patches of a batch
-    # batch norm's statistics are each process's (Sec. 4.1's comparison), all else is the batch's;
-    # and a block that is computed again updates them again
+    # What a continued run must keep. With batch norm (Sec. 4.1's comparison) two things change the
+    # numbers: how many processes share a batch, since each has its own statistics, and whether
+    # blocks are computed again in the backward pass, which updates the statistics again.
     processes = recomputed = "any"
     if args.norm == "batch":
         processes, recomputed = dist.get_world_size(), model.encoder.checkpointing
@@ -214,9 +215,9 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
         return
 
     def write_encoder(steps: int) -> None:
-        described = dict(crop=args.crop, patch=args.patch, stride=args.stride, mean=data.MEAN,
-                         std=data.STD, trained=run.flags | dict(data=args.data, steps=steps))
-        save_encoder(encoder_file, parts.get("average", model.encoder), described)
+        metadata = dict(crop=args.crop, patch=args.patch, stride=args.stride,
+                        trained=run.flags | dict(data=args.data, steps=steps))
+        save_encoder(encoder_file, parts.get("average", model.encoder), metadata)
 
     if args.compile:
         model.encoder.compile_blocks()
@@ -360,7 +361,7 @@ TINY = dict(data="shapes", arch="tiny", crop=32, patch=8, stride=6, min_area=0.6
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The command line, checked: exits with one line on flags that cannot work together."""
+    """The command line, checked: flags that cannot work together end in a one-line message."""
     parser = data.make_parser(__doc__, out="runs/cpc")
     add = parser.add_argument
     add("--data", default="imagenet", help=data.DATA_HELP)

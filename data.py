@@ -49,7 +49,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def grid_side(crop: int, patch: int, stride: int) -> int:
-    """G, the number of patches along a side. Exits with one line if they do not tile the crop."""
+    """G, the number of patches along a side; a one-line message if they do not tile the crop."""
     if patch > crop or (crop - patch) % stride:
         raise SystemExit(f"crop {crop}, patch {patch}, stride {stride}: patches do not tile the "
                          f"crop (crop - patch must be a multiple of stride)")
@@ -94,13 +94,13 @@ def drop_colors(x: Tensor, dropped: Tensor, keep: Tensor, noise: Tensor) -> Tens
     paper: Sec. 4.1, "randomly drops two of the three color channels in each patch". Doersch et al.
     2015: replaced by Gaussian noise of 1/100 of the remaining channel's deviation. The noise is
     around zero, the mean colour after normalisation."""
-    # each channel's deviation; `x.std` takes about ten times as long on a CPU
-    power = torch.linalg.vector_norm(x, dim=(-2, -1)).square() / noise[0].numel()  # [..., 3]
-    deviation = (power - x.mean((-2, -1)).square()).clamp(min=0).sqrt()
+    # Each channel's deviation is sqrt(E[x^2] - E[x]^2): `x.std` takes ten times as long on a CPU.
+    mean_square = torch.linalg.vector_norm(x, dim=(-2, -1)).square() / noise[0].numel()  # [..., 3]
+    deviation = (mean_square - x.mean((-2, -1)).square()).clamp(min=0).sqrt()
     keep = keep[..., None]
     replaced = dropped[..., None] & (torch.arange(3, device=x.device) != keep)  # [..., 3]
-    level = 0.01 * deviation.gather(-1, keep) * replaced
-    return x.mul_(~replaced[..., None, None]).addcmul_(noise, level[..., None, None])
+    noise_deviation = 0.01 * deviation.gather(-1, keep) * replaced  # 0 where a channel stays
+    return x.mul_(~replaced[..., None, None]).addcmul_(noise, noise_deviation[..., None, None])
 
 
 def augment_patches(images: Tensor, patch: int, stride: int, generator: torch.Generator,
@@ -168,8 +168,9 @@ def image_transform(kind: str, crop: int, min_area: float = 0.08, distort: bool 
         resized = v2.Resize(round(crop * 300 / 256))
         steps = [resized, v2.RandomCrop(crop), v2.RandomHorizontalFlip()]
     else:
-        # ours: the usual centre crop, 224 of 256, at every size: objects look about as large as in
-        # the average inception crop. Whole images cost 10 points on CIFAR-10 in an early trial.
+        # ours: the usual centre crop, 224 of 256, at every size. Objects still look smaller than in
+        # an average training crop (of 4:3 images and with a min_area of 0.08, which magnifies 1.7
+        # times, not 1.3). Whole images cost 10 points on CIFAR-10 in an early trial.
         steps = [v2.Resize(round(crop / 0.875)), v2.CenterCrop(crop)]
     if distort:  # ours: the ranges of Inception's published preprocessing
         steps.append(v2.ColorJitter(brightness=32 / 255, contrast=0.5, saturation=0.5, hue=0.2))
@@ -199,6 +200,10 @@ class Shapes(Dataset):
         "checks": [(1, 0), (0, 1)], "diamonds": [(0.71, 0.71), (0.71, -0.71)]}
     classes = [" ".join(words) for words in product(PERIODS, PATTERNS)]
     LENGTH = {"train": 4000, "test": 2000}
+    # How many random numbers each choice takes, for an object and for an image.
+    OBJECT = {"size": 1, "x": 1, "y": 1, "outline": 1, "phase": 2, "mirror": 1, "one color": 3,
+              "other color": 3, "spare": 3}
+    IMAGE = {"count": 1, "order": 4, "angle": 3, "length": 3, "phase": 3, "spare": 2}
 
     def __init__(self, split: str, size: int = 32, seed: int = 0):
         self.split, self.size, self.seed = split, size, seed
@@ -207,21 +212,24 @@ class Shapes(Dataset):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def _random(self, index: int) -> tuple[Tensor, Tensor]:
-        """Uniform numbers in 0..1: [4, 16] of the four objects, [16] of the image."""
+    def _random(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Uniform numbers in 0..1 by name, n of each: [4, n, 1, 1] for four objects, [n, 1, 1] for
+        the image."""
         seed = derive_seed("shapes", self.split, self.seed, index)
-        numbers = torch.rand(5, 16, generator=torch.Generator().manual_seed(seed))
-        return numbers[:4], numbers[4]
+        numbers = torch.rand(5, 16, 1, 1, generator=torch.Generator().manual_seed(seed))
+        objects = numbers[:4].split(list(self.OBJECT.values()), 1)
+        image = numbers[4].split(list(self.IMAGE.values()))
+        return dict(zip(self.OBJECT, objects)), dict(zip(self.IMAGE, image))
 
-    def _masks(self, objects: Tensor, image: Tensor) -> Tensor:
+    def _masks(self, objects: dict[str, Tensor], image: dict[str, Tensor]) -> Tensor:
         """Where the objects are: bool [4, S, S], an absent one empty."""
         S = self.size
-        size, x, y, outline = objects[:, :4].T[..., None, None]  # [4, 1, 1] each
-        radius = S * (0.17 + 0.07 * size)
+        outline = objects["outline"][:, 0]  # [4, 1, 1], and so are the next
+        radius = S * (0.17 + 0.07 * objects["size"][:, 0])
         corner = torch.arange(4).view(4, 1, 1)  # one to a quadrant: only a diamond's tips leave it
         room = S / 2 - 2 * radius
-        center_x = corner % 2 * S / 2 + radius + room * x
-        center_y = corner // 2 * S / 2 + radius + room * y
+        center_x = corner % 2 * S / 2 + radius + room * objects["x"][:, 0]
+        center_y = corner // 2 * S / 2 + radius + room * objects["y"][:, 0]
         axis = torch.arange(S) + 0.5
         dx = (axis - center_x).abs()  # [4, 1, S]
         dy = (axis[:, None] - center_y).abs()  # [4, S, 1]
@@ -229,9 +237,8 @@ class Shapes(Dataset):
         square = torch.maximum(dx, dy) <= 0.89 * radius  # of the same area, and so is the diamond
         diamond = dx + dy <= 1.25 * radius
         masks = torch.where(outline < 1 / 3, disc, torch.where(outline < 2 / 3, square, diamond))
-        count, order = image[0], image[1:5]
-        present = order.argsort() < 2 + (3 * count).floor()  # 2, 3 or 4 of the four
-        return masks & present[:, None, None]
+        count = 2 + (3 * image["count"]).floor()  # 2, 3 or 4 of the four
+        return masks & (image["order"].argsort(0) < count)
 
     @cache  # made once a process
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -241,20 +248,20 @@ class Shapes(Dataset):
         y = x[:, None]
         # the background, a slow wave of its own direction and length for each colour channel: it
         # has no colour of its own to tell images apart by
-        angle, length, phase = image[5:14].view(3, 3, 1, 1)  # [3, 1, 1] each
-        angle, slow = 2 * math.pi * angle, 0.2 + 0.4 * length
-        wave = (slow * angle.cos() * x + slow * angle.sin() * y + 2 * math.pi * phase).sin()
+        angle, slow = 2 * math.pi * image["angle"], 0.2 + 0.4 * image["length"]  # [3, 1, 1] each
+        phase = 2 * math.pi * image["phase"]
+        wave = (slow * angle.cos() * x + slow * angle.sin() * y + phase).sin()
         pixels = 0.5 + 0.2 * wave  # [3, S, S]
         # the class's pattern over the whole image, for each object: [4, S, S] in -1..1
         period, name = self.classes[label].split()
         directions = torch.tensor(self.PATTERNS[name]) * (2 * math.pi / self.PERIODS[period])
-        mirror = torch.where(objects[:, 6, None, None] < 0.5, -1.0, 1.0)  # leaning left or right
+        mirror = torch.where(objects["mirror"][:, 0] < 0.5, -1.0, 1.0)  # leaning left or right
         pattern = 1.0
-        for (kx, ky), phase in zip(directions, objects[:, 4:6].T[..., None, None]):
+        for (kx, ky), phase in zip(directions, objects["phase"].unbind(1)):
             pattern = pattern * (kx * mirror * x + ky * y + 2 * math.pi * phase).sin()
-        # each object between two colours of its own
-        one_color, other_color = objects[:, 7:10, None, None], objects[:, 10:13, None, None]
-        paint = torch.lerp(one_color, other_color, (0.5 + 0.5 * pattern)[:, None])  # [4, 3, S, S]
+        # each object between two colours of its own: [4, 3, S, S]
+        share = (0.5 + 0.5 * pattern)[:, None]
+        paint = torch.lerp(objects["one color"], objects["other color"], share)
         for mask, painted in zip(self._masks(objects, image), paint):
             pixels = torch.where(mask, painted, pixels)
         return (255 * pixels).to(torch.uint8), label
@@ -293,7 +300,7 @@ def load_dataset(data: str, split: str, size: int) -> Dataset:
 
     data: "shapes", "cifar10", "stl10", "imagenette", or a folder with train/ and val/ (or test/),
     a folder of images for each class in them; "pretrain" takes all images of train/ and of
-    unlabelled/, or those of a folder that has neither. Exits with one line on anything else."""
+    unlabelled/, or those of a folder that has neither. Anything else ends in a one-line message."""
     train = split != "test"
     if data == "shapes":
         return Shapes("train" if train else "test", size)
@@ -363,8 +370,8 @@ def label_subset(targets: list[int], fraction: float, seed: int,
 
 def read_subset(path: str, dataset: Dataset) -> list[int]:
     """The indices of the images that a list names, one a line: CLASS/NAME, or NAME as in the
-    published lists of ImageNet subsets (S4L, SimCLR). Exits with one line on a name that no image
-    of the data set has, or more than one."""
+    published lists of ImageNet subsets (S4L, SimCLR). Exits with a one-line message on a name that
+    no image of the data set has, or more than one."""
     names = names_of(dataset)
     short = [name.rpartition("/")[2] for name in names]
     index = {name: i for i, name in enumerate(names)}
@@ -430,9 +437,9 @@ def train_batches(length: int, batch: int, seed: int, start: int, stop: int) -> 
         if position == 0 or step == start:
             generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
             order = torch.randperm(length, generator=generator)
-        everyones = order[position * batch:(position + 1) * batch]
-        mine = everyones[dist.get_rank()::dist.get_world_size()].tolist()
-        yield [(i, derive_seed(seed, "image", epoch, i)) for i in mine]
+        global_batch = order[position * batch:(position + 1) * batch]
+        local_batch = global_batch[dist.get_rank()::dist.get_world_size()].tolist()
+        yield [(i, derive_seed(seed, "image", epoch, i)) for i in local_batch]
 
 
 def test_batches(length: int, batch: int) -> Iterator:
@@ -466,7 +473,8 @@ def load_batches(dataset: Dataset, transform: v2.Transform, batches: Iterator,
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         workers = max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     images = Seeded(dataset, transform, skip)
-    # ours: forked on Linux (no default since Python 3.14), or every worker is sent all paths first
+    # ours: forked on Linux, where Python 3.14 made "forkserver" the default: other methods pickle
+    # the list of all images for every worker
     fork = "fork" if sys.platform == "linux" else None
     return DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                       pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,
@@ -484,7 +492,7 @@ def leave_group() -> None:
 
 def start_process(args: argparse.Namespace) -> torch.device:
     """Join torchrun's process group, or make a world of one; this rank's device. Decides on
-    args.bf16 where it is None, and exits with one line if the batch does not divide."""
+    args.bf16 where it is None. A batch that does not divide ends in a one-line message."""
     atexit.register(end_workers)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -548,7 +556,7 @@ class GatherBatch(torch.autograd.Function):
 
 
 class Diverged(SystemExit):
-    """A loss or a gradient is not finite: one line."""
+    """A loss or a gradient is not finite. Uncaught, it ends the run with its message."""
 
 
 class Run:
@@ -564,11 +572,12 @@ class Run:
                   "save_every"}
 
     def __init__(self, args: argparse.Namespace, names: list[str], **facts):
-        """names: of its images, wherever they lie; facts: what else must be the same (its encoder).
+        """names: the images' names, without their folder; facts: what else a continued run must
+        share, such as its encoder.
 
         A continued run finds here again the results that are `done`, and the `solution` that the
-        next training starts from. Exits with one line if the folder holds another run, is in
-        use, or cannot be written."""
+        next training starts from. Exits with a one-line message if the folder holds another run,
+        is in use, or cannot be written."""
         self.folder, self.is_main = Path(args.out), dist.get_rank() == 0
         self.flags = {k: v for k, v in vars(args).items() if k not in self.MAY_DIFFER}
         facts["images"] = [len(names), names[0], names[-1]]
@@ -602,7 +611,7 @@ class Run:
                  time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
     def _open(self) -> str | None:
-        """Take the folder, with a checkpoint of no step if it is empty; or why it cannot be."""
+        """Lock the folder and, if it is new, write a first checkpoint; or why that cannot be."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.folder / "log.jsonl", "a")
@@ -663,21 +672,21 @@ class Run:
         return self.step
 
     def tally(self, **values: Tensor) -> None:
-        """Values of this step, averaged over processes, and until the next line of the log."""
+        """Add this step's values, averaged over processes, to the means of the next log line."""
         mean = torch.stack([value.detach().double() for value in values.values()])
         dist.all_reduce(mean.div_(dist.get_world_size()))
         for name, value in zip(values, mean):
             self.sums[name] = value + self.sums.get(name, 0)
         self.count += 1
 
-    def offer(self, score: float | None, module: nn.Module) -> None:
+    def keep_if_best(self, module: nn.Module, score: float | None) -> None:
         """Early stopping (Sec. 2.2): keep a module's state if its score on held-out images, None if
         unknown, is this training's best so far."""
         if score is not None and (self.best is None or score > self.best["score"]):
             self.best = dict(score=score, state=copy.deepcopy(module.state_dict()))
 
-    def restore(self, module: nn.Module) -> float | None:
-        """Put a module back into the best state that was offered; its score. Without, None."""
+    def load_best(self, module: nn.Module) -> float | None:
+        """Load the best state that was kept and return its score; None if there is none."""
         if self.best is None:
             return None
         module.load_state_dict(self.best["state"])
@@ -731,7 +740,8 @@ class Run:
             self._leave(caught)  # in every process, as `_agree` says
 
     def _agree(self) -> tuple[int, int]:
-        """Over all processes: the signal that one has caught; does rank 0's clock ask to save?"""
+        """What all processes agree on: the signal that one of them caught (0: none), and whether it
+        is time for rank 0 to save."""
         late = self.is_main and time.monotonic() - self.saved_at >= self.save_seconds
         both = torch.tensor([self.signal, int(late)])
         dist.all_reduce(both, dist.ReduceOp.MAX)
@@ -760,8 +770,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 def update(loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterator,
            clip: float = math.inf) -> Tensor:
-    """One optimisation step. Returns the gradient's norm, which is the same on all processes, as it
-    was before it is clipped to `clip`."""
+    """One optimisation step. Returns the gradient's norm before it is clipped to `clip`; DDP makes
+    it the same on all processes."""
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(parameters, clip)
@@ -770,8 +780,8 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterator,
 
 
 def fingerprint(name: str) -> int | str:
-    """A file counts by its content (also torchvision:MODEL:FILE), so it may be moved; a name that
-    is no file counts as it is."""
+    """What stands for an input in a run's identity: for a file (also in torchvision:MODEL:FILE) its
+    content, so that it may be moved; any other name stands for itself."""
     path = name.rpartition(":")[2]
     return zlib.crc32(Path(path).read_bytes()) if os.path.isfile(path) else name
 

@@ -8,9 +8,9 @@
 
 The encoder is conv1..conv4 of a ResNet. Sec. 4.3 "replaced the neural network classifier ... with a
 Faster-RCNN": here torchvision's, with the encoder as its trunk, fully convolutional on the whole
-image, not on patches (Fig. 2 allows both), and a fresh conv5 on the regions (ours). First the trunk
-is fixed, then everything is fine-tuned from that solution, with early stopping on held-out training
-images (Sec. 2.2).
+image, not on patches (Fig. 2 allows both), and a conv5 with random weights on the regions (ours).
+First the trunk is fixed, then everything is fine-tuned from that solution, with early stopping on
+held-out training images (Sec. 2.2).
 
 Results: assets/results.md; at the paper's scale not yet measured.
 
@@ -75,7 +75,7 @@ class Trunk(nn.Module):
 
 
 class Conv5(nn.Module):
-    """A ResNet's last stack (He et al. 2016b), fresh, on each region: [R, D, h, w] -> [R, C]."""
+    """A ResNet's last stack (He et al. 2016b), on each region: [R, D, h, w] -> [R, C]."""
 
     def __init__(self, in_channels: int, channels: int, bf16: bool):
         super().__init__()
@@ -227,12 +227,12 @@ def average_precision(detections: list[dict], truths: list[dict], label: int,
     `threshold`, and if no better one has found this object before. One that matches a `difficult`
     object counts neither way. detections: boxes [n, 4], labels [n], scores [n] of each image."""
     candidates, positives = [], 0  # (score, the object it matches or None)
-    for image, (found, truth) in enumerate(zip(detections, truths, strict=True)):
-        mine, true = found["labels"] == label, truth["labels"] == label
+    for image, (detected, truth) in enumerate(zip(detections, truths, strict=True)):
+        mine, true = detected["labels"] == label, truth["labels"] == label
         difficult = truth["difficult"][true]
         positives += int((~difficult).sum())
-        ious = box_iou(found["boxes"][mine], truth["boxes"][true])  # [n, objects]
-        for score, row in zip(found["scores"][mine].tolist(), ious):
+        ious = box_iou(detected["boxes"][mine], truth["boxes"][true])  # [n, objects]
+        for score, row in zip(detected["scores"][mine].tolist(), ious):
             if not len(row) or row.max() < threshold:
                 candidates.append((score, None))
             elif not difficult[row.argmax()]:
@@ -240,15 +240,14 @@ def average_precision(detections: list[dict], truths: list[dict], label: int,
     if not positives:
         return None
     candidates.sort(key=itemgetter(0), reverse=True)
-    hits, taken = [], {None}  # what matches no object is no hit
+    hits, matched = [], set()
     for _, match in candidates:
-        hits.append(match not in taken)
-        taken.add(match)
+        hits.append(match is not None and match not in matched)
+        matched.add(match)
     true_positives = torch.tensor(hits, dtype=torch.float64).cumsum(0)
     recall = true_positives / positives
     precision = true_positives / torch.arange(1, len(hits) + 1)
-    best = [max(precision[recall >= tenth / 10 - 1e-9].tolist(), default=0.0)
-            for tenth in range(11)]
+    best = [max(precision[recall >= tenth / 10].tolist(), default=0.0) for tenth in range(11)]
     return sum(best) / 11
 
 
@@ -273,9 +272,9 @@ def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
     skip = isinstance(objects, Subset)  # held-out images are training images
     for items in data.load_batches(objects, transform, batches, workers, skip, collate=list):
         ((image, truth),) = items
-        (found,) = model(prepare([image], device))
+        (detected,) = model(prepare([image], device))
         pairs.append(tuple({k: v.as_subclass(Tensor).cpu() for k, v in one.items()}
-                           for one in (found, truth)))
+                           for one in (detected, truth)))
     shares = [None] * world
     dist.all_gather_object(shares, pairs)
     # in the data set's order again: `test_batches` dealt them out
@@ -283,13 +282,13 @@ def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
     return tuple(zip(*pairs))
 
 
-def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_out: Subset,
+def fit(args: Namespace, stage: str, model: FasterRCNN, train_set: Subset, held_out: Subset,
         device: torch.device, run: data.Run, key: str,
         start_map: float | None = None) -> float | None:
     """Train `model` in place, `frozen`: all but the trunk, or `finetuned`: everything. Returns the
     held-out mAP (None: no held-out images). Early stopping, start_map included, as in eval.py."""
     # paper: "fine-tuned the entire model end-to-end", Sec. 2.2: with "a smaller learning rate"
-    frozen = phase == "frozen"
+    frozen = stage == "frozen"
     peak, epochs = (args.lr, args.epochs) if frozen else (args.finetune_lr, args.finetune_epochs)
     model.backbone.requires_grad_(not frozen)
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -299,18 +298,18 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
     stop = math.ceil(epochs * len(train_set) / batch)
     tests = {math.ceil(stop * n / 10) for n in range(1, 11)}
     start = run.resume(key, model=model, optimizer=optimizer)
-    run.offer(start_map, model)
+    run.keep_if_best(model, start_map)
 
     ddp = DistributedDataParallel(model)
-    # fine-tuning would else begin with the first phase's images in their order
-    order = args.seed if frozen else data.derive_seed(args.seed, phase)
+    # otherwise fine-tuning would begin with the same images in the same order as the first stage
+    order = args.seed if frozen else data.derive_seed(args.seed, stage)
     batches = data.train_batches(len(train_set), batch, order, start, stop)
     transform = objects_transform(train=True)
     loader = data.load_batches(train_set, transform, batches, args.workers, skip=True, collate=list)
     model.train()
     for step, items in run.steps(loader, stop, batch, due=lambda done: done in tests):
         optimizer.param_groups[0]["lr"] = peak * learning_rate(step, stop, 1.0, stop // 10)
-        seed = data.derive_seed(args.seed, phase, step + 1)
+        seed = data.derive_seed(args.seed, stage, step + 1)
         # of the scale, and of the anchors and regions that torchvision draws: each process its own
         torch.manual_seed(data.derive_seed(seed, "process", dist.get_rank()))
         images = prepare([image for image, _ in items], device, args.color_drop, seed)
@@ -322,17 +321,17 @@ def fit(args: Namespace, phase: str, model: FasterRCNN, train_set: Subset, held_
         norm = data.update(loss, optimizer, model.parameters(), clip=10.0)
         run.tally(loss=loss, **losses, gradient_norm=norm)
         if step + 1 in tests and len(held_out):
-            found = detect_all(model, held_out, device, args.workers)
-            held_map = average_precisions(*found, held_out.dataset.classes)["mAP"]
+            detections, truths = detect_all(model, held_out, device, args.workers)
+            held_map = average_precisions(detections, truths, held_out.dataset.classes)["mAP"]
             model.train()
             run.note(held_out=held_map)
-            run.offer(held_map, model)
-    return run.restore(model)
+            run.keep_if_best(model, held_map)
+    return run.load_best(model)
 
 
-def run_phases(args: Namespace, source: Source, sets: tuple[Subset, Subset, Dataset],
+def run_stages(args: Namespace, source: Source, sets: tuple[Subset, Subset, Dataset],
                device: torch.device, run: data.Run) -> None:
-    """A row of the table: the phases of Sec. 4.3, one from the other's solution, each tested."""
+    """A row of the table: the stages of Sec. 4.3, one from the other's solution, each tested."""
     train_set, held_out, test_set = sets
     network = source.make(args.seed)
     sizes = dict(side=args.side, tiny=args.tiny, proposals=args.proposals, regions=args.regions)
@@ -340,31 +339,31 @@ def run_phases(args: Namespace, source: Source, sets: tuple[Subset, Subset, Data
     model = build_detector(network, len(test_set.classes), **sizes, bf16=args.bf16)
     model = model.to(device, memory_format=torch.channels_last)
     held_map = None
-    for phase in ("frozen", "finetuned"):
-        key = f"{source.name}/{phase}"
+    for stage in ("frozen", "finetuned"):
+        key = f"{source.name}/{stage}"
         if key in run.done:
             held_map = run.done[key]["held_out_map"]
             if key in run.solution:
                 model.load_state_dict(run.solution[key])
             continue
         began = time.time()
-        weights = copy.deepcopy(network.state_dict()) if phase == "frozen" else None
-        held_map = fit(args, phase, model, train_set, held_out, device, run, key, held_map)
-        if phase == "frozen":
+        weights = copy.deepcopy(network.state_dict()) if stage == "frozen" else None
+        held_map = fit(args, stage, model, train_set, held_out, device, run, key, held_map)
+        if stage == "frozen":
             # fixed means bit-identical, batch norm's statistics included
             torch.testing.assert_close(network.state_dict(), weights, rtol=0, atol=0)
         detections, truths = detect_all(model, test_set, device, args.workers)
-        result = dict(encoder=source.name, arch=source.arch, phase=phase, seed=args.seed,
+        result = dict(encoder=source.name, arch=source.arch, stage=stage, seed=args.seed,
                       held_out_map=held_map, seconds=round(time.time() - began, 1),
                       **average_precisions(detections, truths, test_set.classes))
         if run.is_main:
             write_voc(run.folder / key, detections, test_set)
             save_picture(run.folder / key / "test.png", test_set, detections)
-            described = dict(kind="detector", network=source.network.__name__, sizes=sizes,
-                             arguments=source.arguments, classes=test_set.classes,
-                             state=model.state_dict())
-            save_file(described, run.folder / source.name / "model.pt")
-        run.finish(key, "result", result, model.state_dict() if phase == "frozen" else None)
+            detector = dict(kind="detector", network=source.network.__name__, sizes=sizes,
+                            arguments=source.arguments, classes=test_set.classes,
+                            state=model.state_dict())
+            save_file(detector, run.folder / source.name / "model.pt")
+        run.finish(key, "result", result, model.state_dict() if stage == "frozen" else None)
 
 
 # ---- What is left behind -------------------------------------------------------------------------
@@ -374,32 +373,32 @@ def write_voc(folder: Path, detections: list[dict], objects: Dataset) -> None:
     """A file for each class that VOC's devkit scores: image, score and corners, counted from 1."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = {name: [] for name in objects.classes}
-    for name, found in zip(objects.names, detections):
-        columns = (found[k].tolist() for k in ("boxes", "labels", "scores"))
+    for name, detected in zip(objects.names, detections):
+        columns = (detected[k].tolist() for k in ("boxes", "labels", "scores"))
         for (x1, y1, x2, y2), label, score in zip(*columns):
             corners = f"{x1 + 1:.2f} {y1 + 1:.2f} {x2:.2f} {y2:.2f}"
             lines[objects.classes[label - 1]].append(f"{name} {score:.6f} {corners}\n")
-    for name, found in lines.items():
-        (folder / f"comp4_det_test_{name.replace(' ', '_')}.txt").write_text("".join(found))
+    for name, rows in lines.items():
+        (folder / f"comp4_det_test_{name.replace(' ', '_')}.txt").write_text("".join(rows))
 
 
-def draw(image: Tensor, found: dict, classes: list[str], truth: dict | None = None,
+def draw(image: Tensor, detected: dict, classes: list[str], truth: dict | None = None,
          score: float = 0.5) -> Tensor:
     """uint8 [3, H, W], enlarged if small: detections red, with class and score, the truth green."""
     scale = max(1, 256 // min(image.shape[1:]))
     image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     if truth is not None and len(truth["boxes"]):
         image = draw_bounding_boxes(image, truth["boxes"] * scale, colors="lime", width=1)
-    sure = found["scores"] >= score
+    sure = detected["scores"] >= score
     names = [f"{classes[label - 1]} {s:.2f}" for label, s in
-             zip(found["labels"][sure].tolist(), found["scores"][sure].tolist())]
+             zip(detected["labels"][sure].tolist(), detected["scores"][sure].tolist())]
     if not names:
         return image
-    return draw_bounding_boxes(image, found["boxes"][sure] * scale, names, colors="red", width=2)
+    return draw_bounding_boxes(image, detected["boxes"][sure] * scale, names, colors="red", width=2)
 
 
 def save_picture(path: Path, objects: Dataset, detections: list[dict], images: int = 12) -> None:
-    """The first test images, with what was found and what is there."""
+    """The first test images, with what was detected and what is there."""
     transform, shown = objects_transform(train=False), []
     for i in range(min(images, len(objects))):
         image, truth = transform(*objects[i])
@@ -411,14 +410,16 @@ def save_picture(path: Path, objects: Dataset, detections: list[dict], images: i
 
 
 def print_table(results: dict[str, dict], classes: list[str]) -> None:
-    """A column for each encoder and phase, a row for each class."""
-    width = max(map(len, results)) + 2
+    """A column for each encoder and stage, a row for each class."""
+    columns = [key.replace("/frozen", " fixed").replace("/finetuned", " fine-tuned")
+               for key in results]
+    width = max(map(len, columns)) + 2
 
     def print_row(name: str, cells: list) -> None:
         print(f"{name:20}" + "".join(f"{cell:>{width}}" for cell in cells))
 
     print()
-    print_row("AP %", list(results))
+    print_row("AP %", columns)
     for name in classes:
         values = [result["ap"].get(name) for result in results.values()]
         print_row(name, ["-" if v is None else f"{v:.1f}" for v in values])
@@ -441,10 +442,10 @@ def detect_one(args: Namespace) -> None:
     picture = ImageOps.exif_transpose(data.read_image(args.detect))  # as a camera was held
     image = v2.functional.pil_to_tensor(picture)
     with torch.no_grad():
-        (found,) = model(prepare([image], torch.device("cpu")))
+        (detected,) = model(prepare([image], torch.device("cpu")))
     path = Path(args.out) / f"detected-{Path(args.detect).stem}.png"
-    save_image(draw(image, found, saved["classes"]) / 255, path)
-    sure = int((found["scores"] >= 0.5).sum())
+    save_image(draw(image, detected, saved["classes"]) / 255, path)
+    sure = int((detected["scores"] >= 0.5).sum())
     print(f"wrote {path}, by {model_file}: {sure} objects that score 0.5 or more")
 
 
@@ -464,7 +465,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--encoder", nargs="+", default=["runs/cpc/encoder.pt"], metavar="NAME", help=ENCODER_HELP)
     add("--detect", type=data.existing, metavar="IMAGE", help="draw what the run in --out finds, "
         "train nothing")
-    # Sec. 2.2: "color-dropping and scale-augmentation"; the scale is drawn around --side
+    # Sec. 2.2: "In addition to color-dropping, we use scale-augmentation", drawn around --side
     add("--side", type=number(32, 1e4, int), default=480, help="shorter side, pixels")  # ours
     add("--color-drop", type=SHARE, default=0.5, help="probability for an image")  # ours
     add("--proposals", type=number(1, 1e4, int), default=300, help="of a test image")  # Ren 2015
@@ -472,7 +473,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     # ours: the paper states nothing of the optimisation
     # differs: the paper trains on all 5,011 images and does not say which stop the training
     add("--held-out", type=number(0, 0.5), default=0.1, help="share, to stop by, or 0")
-    add("--epochs", type=number(1e-3, 1e6), default=30, help="with the trunk frozen")
+    add("--epochs", type=number(1e-3, 1e6), default=30, help="with the trunk fixed")
     add("--finetune-epochs", type=number(1e-3, 1e6), default=30, help="of everything")
     add("--batch-size", type=COUNT, default=16, help="images of all processes")
     add("--lr", type=RATE, default=2e-4, help="peak learning rate of AdamW")
@@ -480,8 +481,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--weight-decay", type=SHARE, default=1e-4, help="of all weights")
 
     early, _ = parser.parse_known_args(argv)
-    sources, file = find_encoders([] if early.detect else early.encoder, stacks=3)
-    if file and file["trained"]["data"] == "shapes":
+    sources, metadata = find_encoders([] if early.detect else early.encoder, stacks=3)
+    if metadata and metadata["trained"]["data"] == "shapes":
         parser.set_defaults(data="shapes")
     if early.tiny or parser.parse_known_args(argv)[0].data == "shapes":
         parser.set_defaults(tiny=True, **TINY)
@@ -491,7 +492,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def main(args: Namespace) -> None:
-    """Every encoder and phase: a result line each, and a table."""
+    """Every encoder and stage: a result line each, and a table."""
     sources = vars(args).pop("sources")
     device = data.start_process(args)
     if args.detect:
@@ -509,7 +510,7 @@ def main(args: Namespace) -> None:
         print(f"{len(train_set)} training, {len(held_out)} held-out and {len(test_set)} test "
               f"images, {args.batch_size} a step on {dist.get_world_size()} x {device.type}")
     for source in sources:
-        run_phases(args, source, (train_set, held_out, test_set), device, run)
+        run_stages(args, source, (train_set, held_out, test_set), device, run)
     if run.is_main:
         print_table(run.done, test_set.classes)
 

@@ -107,30 +107,31 @@ class Classifier(nn.Module):
 # ---- Rows of the table: feature extractors f_theta -----------------------------------------------
 
 
-def find_rows(args: Namespace, sources: list[Source], file: dict | None,
+def find_rows(args: Namespace, sources: list[Source], metadata: dict | None,
               crop: int | None) -> list[Source]:
-    """The rows that `--encoder` and `--supervised` ask for. Each one's `file` says its crop, patch
-    and stride (a whole image is one patch), and how an encoder of ours was `trained`. crop: the
-    flag's, if it was given."""
+    """The rows that `--encoder` and `--supervised` ask for. Each one's `metadata` says its crop,
+    patch and stride (a whole image is one patch), and how an encoder of ours was `trained`.
+    metadata: of the first encoder.pt; crop: the flag's, if it was given."""
     def whole_image(side: int) -> dict:
         return dict(crop=side, patch=side, stride=1, trained={})
 
     rows = []
     if args.head != "none":
         usual = whole_image(crop or 224)  # what torchvision's weights were trained with
-        rows = [source._replace(file=source.file or usual) for source in sources]
+        rows = [source._replace(metadata=source.metadata or usual) for source in sources]
     for name in args.supervised:
         arch, _, stem = name.partition(":")
         if arch in ARCHITECTURES and stem in ("", *STEMS):
             # A.4: ResNet v2, with batch norm, on whole images
             network = arch, "batch", stem or None
-            rows.append(Source("pixels", name, Encoder, network, file=whole_image(args.crop),
+            rows.append(Source("pixels", name, Encoder, network, metadata=whole_image(args.crop),
                                supervised=True))
-        elif name in ("patched", "patched-none") and file:
+        elif name in ("patched", "patched-none") and metadata:
             # Sec. 4.1: CPC's own encoder, 66.4 % with batch norm, 62.5 % "without": ours, with none
-            network = file["arch"], "none" if name == "patched-none" else "batch", file["stem"]
-            rows.append(Source(name, file["arch"], Encoder, network, supervised=True,
-                               file=file | {"trained": {}}))
+            arch, norm = metadata["arch"], "none" if name == "patched-none" else "batch"
+            network = arch, norm, metadata["stem"]
+            rows.append(Source(name, arch, Encoder, network, metadata=metadata | {"trained": {}},
+                               supervised=True))
         else:
             raise SystemExit(f"--supervised {name} is none of {', '.join(ARCHITECTURES)}, nor, "
                              f"beside an encoder.pt in --encoder, patched, patched-none")
@@ -139,11 +140,11 @@ def find_rows(args: Namespace, sources: list[Source], file: dict | None,
 
 def augmentation(row: Source, args: Namespace) -> tuple[v2.Compose, dict]:
     """What a row trains with: a transform of the image, and `data.augment_patches`' keywords."""
-    trained, crop = row.file["trained"], row.file["crop"]
+    trained, crop = row.metadata["trained"], row.metadata["crop"]
     if args.head == "linear" and trained:
         # Sec. 2.2, linear classification: "the same data-augmentation as in the unsupervised
-        # learning phase" (ours: it distorts no colours), which the encoder's file tells; colour
-        # dropping and area are flags, with defaults from the first file
+        # learning phase" (ours: it distorts no colours), which encoder.pt tells; colour dropping
+        # and area are flags, with defaults from the first file
         patches = dict(color_drop=args.color_drop, jitter=trained["jitter"], flip=trained["flip"])
         return data.image_transform(trained["image_aug"], crop, args.min_area), patches
     grey = trained.get("image_aug") == "v1"
@@ -160,16 +161,16 @@ def augmentation(row: Source, args: Namespace) -> tuple[v2.Compose, dict]:
     return transform, {"color_drop": 0.0 if grey else args.color_drop}
 
 
-# ---- Cells of the table: a row, a share of the labels, a seed ------------------------------------
+# ---- A task: a row of the table, a share of the labels, a seed -----------------------------------
 
 
 @dataclass
-class Cell:
+class Task:
     """One training and test: whose labels are used, and how images reach the classifier."""
 
     args: Namespace
     row: Source
-    labels: float  # the fraction of the training labels that is used
+    fraction: float  # of the training labels
     seed: int
     train: Subset
     held_out: Subset  # of the training images, to stop and select by
@@ -178,16 +179,16 @@ class Cell:
 
     def patches(self, images: Tensor, seed: int | None = None, **augmented) -> Tensor:
         """uint8 [B, 3, S, S] -> what the classifier takes."""
-        file = self.row.file
-        return data.to_patches(images, self.device, file["patch"], file["stride"], seed,
-                               **augmented)
+        patch, stride = self.row.metadata["patch"], self.row.metadata["stride"]
+        return data.to_patches(images, self.device, patch, stride, seed, **augmented)
 
     @torch.no_grad()
     def accuracy(self, model: Classifier, images: Dataset) -> tuple[float, float]:
         """Top-1 and top-5 in percent over all processes: a single crop (Sec. 2.2)."""
         model.eval()
-        grey = self.row.file["trained"].get("image_aug") == "v1"
-        transform = data.image_transform("test", self.row.file["crop"], grey=grey)
+        metadata = self.row.metadata
+        grey = metadata["trained"].get("image_aug") == "v1"
+        transform = data.image_transform("test", metadata["crop"], grey=grey)
         batches = data.test_batches(len(images), self.args.batch_size // dist.get_world_size())
         skip = isinstance(images, Subset)  # held-out images are training images
         loader = data.load_batches(images, transform, batches, self.args.workers, skip)
@@ -221,21 +222,21 @@ def variant(recipe: dict, seed: int) -> dict:
         batch_size=max(1, recipe["batch_size"] // rng.choice((1, 2))), dropout=rng.uniform(0, 0.9))
 
 
-def build_classifier(cell: Cell, dropout: float) -> Classifier:
+def build_classifier(task: Task, dropout: float) -> Classifier:
     """The row's network under its head, both with weights that are a function of the seed."""
-    row, encoder = cell.row, cell.row.make(cell.seed)
-    channels, classes = encoder.out_channels, len(cell.train.dataset.classes)
-    torch.manual_seed(data.derive_seed(cell.seed, "head"))
+    row, encoder = task.row, task.row.make(task.seed)
+    channels, classes = encoder.out_channels, len(task.train.dataset.classes)
+    torch.manual_seed(data.derive_seed(task.seed, "head"))
     if row.supervised:
         head = PooledLinear(channels, classes, dropout)
-    elif cell.args.head == "linear":
+    elif task.args.head == "linear":
         head = LinearProbe(channels, classes)
     else:
         # paper: 4096 and 1024. ours: the head of a small encoder is as wide as the encoder
         size = (4096, 1024) if channels >= 1024 else (channels, channels // 4)
         head = resnet_head(channels, classes, dropout, *size)
     model = Classifier(encoder, head, frozen=not row.supervised)
-    return model.to(cell.device, memory_format=torch.channels_last)
+    return model.to(task.device, memory_format=torch.channels_last)
 
 
 def make_optimizer(model: Classifier, stage: str, recipe: dict) -> torch.optim.Optimizer:
@@ -258,65 +259,65 @@ def average_buffers(module: nn.Module) -> None:
             dist.all_reduce(buffer.div_(dist.get_world_size()))
 
 
-def fit(cell: Cell, model: Classifier, recipe: dict, stage: str, key: str, run: data.Run,
+def fit(task: Task, model: Classifier, recipe: dict, stage: str, key: str, run: data.Run,
         start_top1: float | None = None) -> float | None:
     """Train `model` in place and return its held-out top-1 (None: no held-out images).
 
-    Early stopping (Sec. 2.2 has it for fine-tuning; ours: wherever `--held-out` is not 0, which it
-    is for a linear probe by default). The schedule runs to its end; ten times along the way
-    the held-out images are tested. The best of these states is restored, or the initial one if its
+    Early stopping (Sec. 2.2 has it for fine-tuning; ours: in every stage with held-out images, of
+    which a linear probe has none by default). The schedule runs to its end; ten times along the way
+    the held-out images are tested. The best of these states is loaded, or the initial one if its
     accuracy (start_top1) is known and as high. Without held-out images the last state stays."""
     world = dist.get_world_size()
-    batch = max(1, min(recipe["batch_size"], len(cell.train)) // world) * world  # equal shares
-    steps = recipe["epochs"] * len(cell.train) / batch
+    batch = max(1, min(recipe["batch_size"], len(task.train)) // world) * world  # equal shares
+    steps = recipe["epochs"] * len(task.train) / batch
     stop = math.ceil(max(steps, recipe["min_steps"]))
     constant = isinstance(model.head, LinearProbe)  # paper: A.3 names a learning rate, no schedule
     tests = {math.ceil(stop * n / 10) for n in range(1, 11)}
     trained = model.head if model.frozen else model
     optimizer = make_optimizer(model, stage, recipe)
     start = run.resume(key, model=trained, optimizer=optimizer)
-    run.offer(start_top1, trained)
+    run.keep_if_best(trained, start_top1)
 
     ddp = DistributedDataParallel(model)
-    transform, augmented = augmentation(cell.row, cell.args)
-    # fine-tuning would else begin with the very crops of the first stage
-    seed = data.derive_seed(cell.seed, stage) if stage == "finetuned" else cell.seed
-    batches = data.train_batches(len(cell.train), batch, seed, start, stop)
-    loader = data.load_batches(cell.train, transform, batches, cell.args.workers, skip=True)
+    transform, augmented = augmentation(task.row, task.args)
+    # otherwise fine-tuning would begin with the same crops as the first stage
+    seed = data.derive_seed(task.seed, stage) if stage == "finetuned" else task.seed
+    batches = data.train_batches(len(task.train), batch, seed, start, stop)
+    loader = data.load_batches(task.train, transform, batches, task.args.workers, skip=True)
     model.train()
     for step, (images, labels) in run.steps(loader, stop, batch, due=lambda done: done in tests):
         scale = 1.0 if constant else learning_rate(step, stop, 1.0, stop // 10)
         optimizer.param_groups[0]["lr"] = recipe["lr"] * scale
-        patches = cell.patches(images, data.derive_seed(seed, "patches", step), **augmented)
+        patches = task.patches(images, data.derive_seed(seed, "patches", step), **augmented)
         torch.manual_seed(data.derive_seed(seed, "drop-out", step + 1, dist.get_rank()))
-        with torch.autocast(cell.device.type, torch.bfloat16, enabled=cell.args.bf16):
+        with torch.autocast(task.device.type, torch.bfloat16, enabled=task.args.bf16):
             logits = ddp(patches)
-        loss = F.cross_entropy(logits, labels.to(cell.device, non_blocking=True))
+        loss = F.cross_entropy(logits, labels.to(task.device, non_blocking=True))
         norm = data.update(loss, optimizer, model.parameters())
         run.tally(loss=loss, gradient_norm=norm)
         if step + 1 in tests:
             average_buffers(trained)
-            if len(cell.held_out):
-                top1, _ = cell.accuracy(model, cell.held_out)
+            if len(task.held_out):
+                top1, _ = task.accuracy(model, task.held_out)
                 model.train()
                 run.note(held_out=top1)
-                run.offer(top1, trained)
-    return run.restore(trained)
+                run.keep_if_best(trained, top1)
+    return run.load_best(trained)
 
 
-def choose_recipe(cell: Cell, recipe: dict, trials: int, run: data.Run) -> dict:
+def choose_recipe(task: Task, recipe: dict, trials: int, run: data.Run) -> dict:
     """`--sweep`: of `trials` recipes, this one and variants of it, the one with the best held-out
     top-1 of the first stage, on the first seed's labels for all seeds. A trial that diverges
     loses; none sees a test image."""
-    stage = "scratch" if cell.row.supervised else "frozen"
+    stage = "scratch" if task.row.supervised else "frozen"
     tried = []
     for n in range(trials):
-        key = f"{cell.row.name}/{cell.row.arch}/{stage}/{cell.labels:g}/trial {n}"
+        key = f"{task.row.name}/{task.row.arch}/{stage}/{task.fraction:g}/trial {n}"
         if key not in run.done:
             trial = variant(recipe, n) if n else recipe
-            model = build_classifier(cell, trial["dropout"])
+            model = build_classifier(task, trial["dropout"])
             try:
-                top1 = fit(cell, model, trial, stage, key, run)
+                top1 = fit(task, model, trial, stage, key, run)
             except data.Diverged:
                 top1 = -1.0
             run.finish(key, "trial", dict(fit=key, held_out_top1=top1, recipe=trial))
@@ -324,10 +325,10 @@ def choose_recipe(cell: Cell, recipe: dict, trials: int, run: data.Run) -> dict:
     return max(tried, key=itemgetter("held_out_top1"))["recipe"]
 
 
-def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
-    """A cell of the table (Sec. 2.2): its stages, one from the other's solution, each tested. What
-    the run has done already is not trained again."""
-    args, row, model = cell.args, cell.row, build_classifier(cell, recipe["dropout"])
+def classify(task: Task, recipe: dict, run: data.Run) -> None:
+    """The stages of a task (Sec. 2.2), one from the other's solution, each tested. What the
+    run has done already is not trained again."""
+    args, row, model = task.args, task.row, build_classifier(task, recipe["dropout"])
     if row.supervised:
         stages = ["scratch"]
     else:  # "keep the feature extractor f_theta fixed": psi* on the latents of theta*
@@ -342,7 +343,7 @@ def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
             longer = args.finetune_epochs / args.epochs
             recipe = recipe | dict(lr=args.finetune_lr, epochs=args.finetune_epochs,
                                    min_steps=longer * recipe["min_steps"])
-        key = f"{row.name}/{row.arch}/{stage}/{cell.labels:g}/seed {cell.seed}"
+        key = f"{row.name}/{row.arch}/{stage}/{task.fraction:g}/seed {task.seed}"
         if key in run.done:
             held_top1 = run.done[key]["held_out_top1"]
             if key in run.solution:
@@ -350,25 +351,25 @@ def classify(cell: Cell, recipe: dict, run: data.Run) -> None:
             continue
         began = time.time()
         weights = copy.deepcopy(model.encoder.state_dict()) if model.frozen else None
-        held_top1 = fit(cell, model, recipe, stage, key, run, held_top1)
+        held_top1 = fit(task, model, recipe, stage, key, run, held_top1)
         if model.frozen:
             # fixed means bit-identical, batch norm's statistics included
             torch.testing.assert_close(model.encoder.state_dict(), weights, rtol=0, atol=0)
-        top1, top5 = (round(top, 3) for top in cell.accuracy(model, cell.test))
+        top1, top5 = (round(top, 3) for top in task.accuracy(model, task.test))
         result = dict(
-            encoder=row.name, arch=row.arch, stage=stage, head=args.head, labels=cell.labels,
-            labelled_images=len(cell.train), held_out_images=len(cell.held_out), seed=cell.seed,
+            encoder=row.name, arch=row.arch, stage=stage, head=args.head, labels=task.fraction,
+            labelled_images=len(task.train), held_out_images=len(task.held_out), seed=task.seed,
             held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe,
             seconds=round(time.time() - began, 1))  # since the last start
         if run.is_main and row.supervised and len(ARCHITECTURES[model.encoder.arch][0]) == 3:
             # conv1 to conv4: for detect.py's `--encoder`, a supervised trunk beside CPC's (Table
             # 3's: a ResNet-152)
-            how = dict(data=args.data, supervised=row.name, labels=cell.labels, jitter=False,
+            how = dict(data=args.data, supervised=row.name, labels=task.fraction, jitter=False,
                        flip=0.0, color_drop=0.0, image_aug="inception", min_area=args.min_area)
             name = row.arch if row.name == "pixels" else row.name
             name = name.replace(":", "-").replace("/", "-")  # small:3x3/2
-            path = run.folder / f"{name}-{cell.labels:g}-seed-{cell.seed}.pt"
-            save_encoder(path, model.encoder, row.file | {"trained": run.flags | how})
+            path = run.folder / f"{name}-{task.fraction:g}-seed-{task.seed}.pt"
+            save_encoder(path, model.encoder, row.metadata | {"trained": run.flags | how})
         run.finish(key, "result", result, None if stage == stages[-1] else model.head.state_dict())
 
 
@@ -451,7 +452,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "row and share, by held-out images")  # paper: A.4
     add("--seeds", type=COUNT, default=1, help="runs, each with its own labels")
     # The recipe (others: RECIPES), ours; A.4 has the learning rate, for the supervised rows
-    add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images")
+    add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images; supervised "
+        "rows take 2.5 times as many, and of --min-steps")
     add("--finetune-epochs", type=number(1e-3, 1e6), default=50, help="of fine-tuning")
     add("--min-steps", type=number(0, 1e9), default=10_000, help="train so many at least")
     add("--batch-size", type=COUNT, default=512, help="of all processes")
@@ -470,27 +472,28 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     head = early.head or ("resnet" if early.labels or early.subset else "linear")
     kind = "linear" if head == "linear" else "head"
     names = early.encoder or ([] if head == "none" else ["runs/cpc/encoder.pt"])
-    sources, file = find_encoders(names)
+    sources, metadata = find_encoders(names)
     for source in sources:
-        if early.crop and source.file:
-            source.file["crop"] = early.crop
+        if early.crop and source.metadata:
+            source.metadata["crop"] = early.crop
     scale = "paper"
     baseline = "resnet152"  # that `--supervised` by itself means
     parser.set_defaults(crop=240)  # ours: A.3's for CPC; A.4 gives its networks no size
-    if file:
-        trained = file["trained"]
-        parser.set_defaults(crop=file["crop"], data=trained["data"], min_area=trained["min_area"])
+    if metadata:
+        trained = metadata["trained"]
+        parser.set_defaults(crop=metadata["crop"], data=trained["data"],
+                            min_area=trained["min_area"])
         if head == "linear":
             parser.set_defaults(color_drop=trained["color_drop"])
-        if file["arch"] in SMALL_ENCODERS:
+        if metadata["arch"] in SMALL_ENCODERS:
             scale = "small"
-            baseline = file["arch"]
-            if file["stem"] != ARCHITECTURES[baseline][3]:
-                baseline += f":{file['stem']}"
+            baseline = metadata["arch"]
+            if metadata["stem"] != ARCHITECTURES[baseline][3]:
+                baseline += f":{metadata['stem']}"
     if early.tiny or parser.parse_known_args(argv)[0].data == "shapes":
         scale = "tiny"
         parser.set_defaults(data="shapes")
-        if not file:
+        if not metadata:
             baseline = "tiny"
             parser.set_defaults(crop=32, min_area=0.6)  # cpc.py's
     parser.set_defaults(**RECIPES["paper", kind] | RECIPES[scale, kind])
@@ -498,9 +501,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args.head, args.encoder = head, names
     args.labels = sorted(set(args.labels or [1.0]))
     args.supervised = [baseline] if args.supervised == [] else args.supervised or []
-    args.rows = find_rows(args, sources, file, early.crop)
-    for row in args.rows:
-        data.grid_side(row.file["crop"], row.file["patch"], row.file["stride"])  # do they tile it?
+    args.rows = find_rows(args, sources, metadata, early.crop)
+    for row in args.rows:  # do the patches tile the crop?
+        data.grid_side(row.metadata["crop"], row.metadata["patch"], row.metadata["stride"])
     if head == "linear" and args.supervised:
         parser.error("--supervised beside --head linear: their learning rates differ, run it alone "
                      "with --head none")
@@ -512,10 +515,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def choose_labels(args: Namespace, train_set: Dataset, seed: int) -> list[tuple]:
-    """(share, labelled images, held-out images) for each column of the table."""
+    """(fraction, labelled images, held-out images) for each column of the table."""
     targets = train_set.targets
     if not args.subset:
-        return [(f, *data.label_subset(targets, f, seed, args.held_out)) for f in args.labels]
+        return [(fraction, *data.label_subset(targets, fraction, seed, args.held_out))
+                for fraction in args.labels]
     chosen = data.read_subset(args.subset, train_set)
     rest = sorted(set(range(len(targets))) - set(chosen))
     _, held = data.label_subset([targets[i] for i in rest], 1, seed, args.held_out)
@@ -543,8 +547,8 @@ def main(args: Namespace) -> None:
     names = ("epochs", "min_steps", "batch_size", "lr", "weight_decay", "dropout")
     for seed in seeds:
         for row in rows:
-            for share, chosen, held in columns[seed]:
-                cell = Cell(args, row, share, seed, Subset(train_set, chosen),
+            for fraction, chosen, held in columns[seed]:
+                task = Task(args, row, fraction, seed, Subset(train_set, chosen),
                             Subset(train_set, held), test_set, device)
                 recipe = {name: getattr(args, name) for name in names}
                 if row.supervised:
@@ -556,8 +560,8 @@ def main(args: Namespace) -> None:
                     recipe["epochs"] *= longer
                     recipe["min_steps"] *= longer
                 if args.sweep:
-                    recipe = choose_recipe(cell, recipe, args.sweep, run)
-                classify(cell, recipe, run)
+                    recipe = choose_recipe(task, recipe, args.sweep, run)
+                classify(task, recipe, run)
     if run.is_main:
         results = [result for result in run.done.values() if "top1" in result]
         print_tables(results, classes, len(test_set))

@@ -3,8 +3,8 @@
 Sec. 2.1 and 4.1: every patch goes through a bottleneck ResNet on its own and is mean-pooled to one
 vector z (ours: with pre-activation, as A.4's baselines have it). Sec. 2.2 uses this network and
 discards "the rest": `encoder.pt` is all that crosses from cpc.py to eval.py and detect.py, so it
-says everything about itself: architecture, norm, patch geometry, normalisation of the inputs, and
-how it was trained, from which eval.py takes its defaults.
+describes itself: architecture, norm, patch geometry, and how it was trained, from which eval.py
+takes its defaults. Its inputs are what `data.normalise` makes.
 
 Shapes: N patches or images, B batch, G grid side, P patch side, D channels of the last stack.
 """
@@ -87,9 +87,9 @@ class Conv1x1(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # [out, in]; permuted, or its gradient would lie in memory otherwise than DDP's buckets
+        # [out, in]; permuted first, so that its gradient has the strides that DDP's buckets expect
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        # without `contiguous`, torch copies a frozen weight for each row of a strided map
+        # A strided map is copied first: else torch copies a frozen weight for each of its rows.
         x = x.permute(0, 2, 3, 1).contiguous()  # [N, H, W, C]
         return F.linear(x, weight, self.bias).permute(0, 3, 1, 2)
 
@@ -215,8 +215,8 @@ def save_file(contents: dict, path: Path) -> None:
 
 
 def load_file(path: Path, kind: str) -> dict:
-    """A file of `save_file`: tensors and plain values, no pickle is executed. Exits with one line
-    if it is no file of this kind."""
+    """A file of `save_file`: tensors and plain values, no pickle is executed. Exits with a one-line
+    message if it is no file of this kind."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = saved["kind"]
@@ -227,19 +227,19 @@ def load_file(path: Path, kind: str) -> dict:
     return saved
 
 
-def save_encoder(path: Path, encoder: Encoder, described: dict) -> None:
+def save_encoder(path: Path, encoder: Encoder, metadata: dict) -> None:
     """Write `encoder.pt`: the weights and all that is needed to use them.
 
-    described: crop, patch and stride in pixels, mean and std of the inputs, and how the weights
-    were `trained` (data, arguments, steps), plain values only. Exits with one line if it cannot."""
+    metadata: crop, patch and stride in pixels, and how the weights were `trained` (data, arguments,
+    steps), plain values only. Exits with a one-line message if it cannot."""
     network = dict(kind="encoder", arch=encoder.arch, norm=encoder.norm, stem=encoder.stem)
     state = {name: value.cpu() for name, value in encoder.state_dict().items()}
-    save_file(described | network | {"state": state}, path)
+    save_file(metadata | network | {"state": state}, path)
 
 
 def load_encoder(path: str | Path) -> tuple[Encoder, dict]:
-    """Read `encoder.pt`: the network it describes with its weights, in eval mode, and all else
-    that is in the file. Exits with one line on a missing, foreign or damaged file."""
+    """Read `encoder.pt`: the network it describes with its weights, in eval mode, and the file's
+    metadata. Exits with a one-line message on a missing, foreign or damaged file."""
     if not os.path.isfile(path):
         raise SystemExit(f"no encoder at {path}: run cpc.py first, or pass --encoder FILE")
     saved = load_file(Path(path), "encoder")
@@ -279,7 +279,7 @@ class Source(NamedTuple):
     network: type[nn.Module]
     arguments: tuple  # of `network`
     weights: dict | None = None  # a state_dict; None: random weights
-    file: dict | None = None  # what encoder.pt says beside the weights; None: there is none
+    metadata: dict | None = None  # crop, patch, stride, and how it was trained, as in encoder.pt
     supervised: bool = False  # it starts from random weights and learns from labels alone
 
     def make(self, seed: int) -> nn.Module:
@@ -296,8 +296,9 @@ ENCODER_HELP = ("FILE: what cpc.py wrote; random: the network named before it, u
 
 
 def find_encoders(names: list[str], stacks: int = 4) -> tuple[list[Source], dict | None]:
-    """The encoders that `--encoder` names, and what the first encoder.pt among them says. random,
-    and torchvision's without WEIGHTS, are untrained. Exits with one line on another name."""
+    """The encoders that `--encoder` names, and the metadata of the first encoder.pt among them.
+    random, and torchvision's without WEIGHTS, are untrained. Exits with a one-line message on
+    another name."""
     sources = []
     for name in names:
         if name == "random":
@@ -312,12 +313,13 @@ def find_encoders(names: list[str], stacks: int = 4) -> tuple[list[Source], dict
             trained = TorchvisionResNet(model, weights[0], stacks).state_dict() if weights else None
             sources.append(Source("torchvision", model, TorchvisionResNet, network, trained))
         else:
-            encoder, file = load_encoder(name)
-            kind = file["trained"].get("supervised", "cpc")
+            encoder, metadata = load_encoder(name)
+            kind = metadata["trained"].get("supervised", "cpc")
             network = encoder.arch, encoder.norm, encoder.stem
-            sources.append(Source(kind, encoder.arch, Encoder, network, encoder.state_dict(), file))
+            weights = encoder.state_dict()
+            sources.append(Source(kind, encoder.arch, Encoder, network, weights, metadata))
     kinds = [source.name for source in sources]
     for n, kind in enumerate(kinds):
         if kinds.count(kind) > 1:  # rows of the table are told apart by their place
             sources[n] = sources[n]._replace(name=f"{kind}-{n}")
-    return sources, next((source.file for source in sources if source.file), None)
+    return sources, next((s.metadata for s in sources if s.metadata), None)

@@ -176,7 +176,7 @@ def test_encoder_file(tmp_path):
     """encoder.pt rebuilds the network it holds; what is not one is refused in one line."""
     encoder = resnet.Encoder("tiny", "batch").eval()
     path = tmp_path / "encoder.pt"
-    geometry = dict(crop=32, patch=8, stride=6, mean=data.MEAN, std=data.STD)
+    geometry = dict(crop=32, patch=8, stride=6)
     resnet.save_encoder(path, encoder, geometry | {"trained": dict(data="shapes")})
     loaded, file = resnet.load_encoder(path)
     patches = torch.randn(2, 3, 8, 8)
@@ -549,7 +549,7 @@ def test_info_nce_against_a_triple_loop(k):
 @pytest.mark.parametrize("chunk", [1, 500, 2**24])
 def test_info_nce_in_chunks_is_the_plain_form(chunk, monkeypatch):
     """A.2's loss, accuracy and gradients, however much is computed at a time."""
-    monkeypatch.setattr(cpc, "CHUNK", chunk)
+    monkeypatch.setattr(cpc, "MAX_LOGITS", chunk)
     predictions, targets = (torch.randn(3, 5, 4, 4, generator=generator(n), requires_grad=True)
                             for n in (1, 2))
     loss, accuracy = cpc.info_nce(predictions, targets, 2)
@@ -566,7 +566,7 @@ def test_info_nce_in_chunks_is_the_plain_form(chunk, monkeypatch):
 
 def test_many_logits_are_never_kept(monkeypatch):
     """In chunks only queries, candidates and labels wait for the backward pass."""
-    monkeypatch.setattr(cpc, "CHUNK", 500)
+    monkeypatch.setattr(cpc, "MAX_LOGITS", 500)
     predictions, targets = (torch.randn(8, 5, 6, 6, requires_grad=True) for _ in range(2))
     kept = {}  # by place: each chunk keeps the same candidates
 
@@ -727,7 +727,7 @@ def encoder_file(tmp_path, request):
     encoder = resnet.Encoder("tiny", getattr(request, "param", "layer"))
     trained = dict(data="shapes", color_drop=0.5, jitter=True, flip=0.0, min_area=0.6,
                    image_aug="inception")
-    geometry = dict(crop=32, patch=8, stride=6, mean=data.MEAN, std=data.STD)
+    geometry = dict(crop=32, patch=8, stride=6)
     resnet.save_encoder(tmp_path / "encoder.pt", encoder, geometry | {"trained": trained})
     return tmp_path / "encoder.pt"
 
@@ -737,11 +737,11 @@ def parse_eval(*flags):
                                   "--no-bf16"])
 
 
-def make_cell(encoder, *flags, held_out=20, labels=0.1):
+def make_task(encoder, *flags, held_out=20, labels=0.1):
     args = parse_eval("--encoder", encoder, *flags)
     shapes, test = data.Shapes("train"), data.Shapes("test")
     (row,) = args.rows
-    return evaluation.Cell(args, row, labels, 0, Subset(shapes, range(24)),
+    return evaluation.Task(args, row, labels, 0, Subset(shapes, range(24)),
                            Subset(shapes, range(100, 100 + held_out)), Subset(test, range(20)),
                            CPU)
 
@@ -753,10 +753,10 @@ def make_run(folder, **flags):
 RECIPE = dict(epochs=4, min_steps=0, batch_size=8, lr=0.05, weight_decay=0.0, dropout=0.0)
 
 
-def classify(cell, folder):
-    """One cell of the table: its results."""
+def classify(task, folder):
+    """One task: its results."""
     run = make_run(folder)
-    evaluation.classify(cell, RECIPE, run)
+    evaluation.classify(task, RECIPE, run)
     return list(run.done.values())
 
 
@@ -779,14 +779,14 @@ def test_frozen_then_fine_tuned(encoder_file, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "train_batches", drawn_batches)
     monkeypatch.setattr(data, "to_patches", drawn_patches)
 
-    def spy(cell, model, recipe, *rest):
+    def spy(task, model, recipe, *rest):
         before = copy.deepcopy(model.state_dict())
-        result = fit(cell, model, recipe, *rest)
+        result = fit(task, model, recipe, *rest)
         seen.append((model.frozen, recipe["lr"], before, copy.deepcopy(model.state_dict())))
         return result
 
     monkeypatch.setattr(evaluation, "fit", spy)
-    results = classify(make_cell(encoder_file, "--labels", "0.1", held_out=0), tmp_path / "run")
+    results = classify(make_task(encoder_file, "--labels", "0.1", held_out=0), tmp_path / "run")
     (frozen, lr, start, solution), (frozen2, lr2, start2, end) = seen
 
     def equal(a, b, part):
@@ -806,14 +806,14 @@ def test_frozen_then_fine_tuned(encoder_file, tmp_path, monkeypatch):
 
 def test_fine_tuning_that_only_harms_is_undone(encoder_file, tmp_path, monkeypatch):
     """Early stopping may stop at once: the state that fine-tuning starts from counts as well."""
-    cell, states = make_cell(encoder_file, "--labels", "0.1"), []
+    task, states = make_task(encoder_file, "--labels", "0.1"), []
 
     def accuracy(model, images):
-        states.append((images is cell.test, copy.deepcopy(model.state_dict())))
+        states.append((images is task.test, copy.deepcopy(model.state_dict())))
         return (90.0 if model.frozen else 0.0), 0.0
 
-    monkeypatch.setattr(cell, "accuracy", accuracy)
-    results = classify(cell, tmp_path / "run")
+    monkeypatch.setattr(task, "accuracy", accuracy)
+    results = classify(task, tmp_path / "run")
     fixed, undone = (state for test, state in states if test)
     _, moved = states[-2]
     assert all(torch.equal(fixed[k], v) for k, v in undone.items())
@@ -822,26 +822,26 @@ def test_fine_tuning_that_only_harms_is_undone(encoder_file, tmp_path, monkeypat
 
 
 def test_frozen_is_checked(encoder_file, tmp_path, monkeypatch):
-    cell = make_cell(encoder_file, "--labels", "0.1")
+    task = make_task(encoder_file, "--labels", "0.1")
 
-    def fit(cell, model, *rest):
+    def fit(task, model, *rest):
         model.encoder.state_dict()["final_norm.bias"][0] += 1e-3
 
     monkeypatch.setattr(evaluation, "fit", fit)
     with pytest.raises(AssertionError, match="final_norm.bias"):
-        classify(cell, tmp_path / "run")
+        classify(task, tmp_path / "run")
 
 
 def test_early_stopping_restores_the_best_state(encoder_file, tmp_path, monkeypatch):
-    cell, states = make_cell(encoder_file, "--head", "linear", "--held-out", "0.1"), []
+    task, states = make_task(encoder_file, "--head", "linear", "--held-out", "0.1"), []
     scores = [10, 40, 20, 70, 30, 70, 5, 5, 5, 5]
 
     def accuracy(model, images):
         states.append(copy.deepcopy(model.head.state_dict()))
-        return (0.0 if images is cell.test else scores[len(states) - 1]), 0.0
+        return (0.0 if images is task.test else scores[len(states) - 1]), 0.0
 
-    monkeypatch.setattr(cell, "accuracy", accuracy)
-    results = classify(cell, tmp_path / "run")
+    monkeypatch.setattr(task, "accuracy", accuracy)
+    results = classify(task, tmp_path / "run")
     assert len(states) == 11 and results[-1]["held_out_top1"] == 70
     assert all(torch.equal(a, b) for a, b in zip(states[10].values(), states[3].values()))
     assert not torch.equal(states[10]["conv.weight"], states[9]["conv.weight"])
@@ -874,13 +874,13 @@ def test_optimisers_and_how_long_each_trains(encoder_file, tmp_path, monkeypatch
     supervised row has 2.5 times the steps of CPC's first stage, and no fewer than its two."""
     trained = {}
 
-    def fit(cell, model, recipe, stage, *rest):
+    def fit(task, model, recipe, stage, *rest):
         optimizer = evaluation.make_optimizer(model, stage, recipe)
         trained[stage] = type(optimizer), recipe["epochs"], recipe["min_steps"]
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "fit", fit)
-        patch.setattr(evaluation.Cell, "accuracy", lambda *rest: (0.0, 0.0))
+        patch.setattr(evaluation.Task, "accuracy", lambda *rest: (0.0, 0.0))
         for epochs, longer in ((4, 2.5), (12, 4)):
             flags = ["--encoder", encoder_file, "--labels", 0.1, "--supervised", "--epochs", 4,
                      "--min-steps", 40, "--finetune-epochs", epochs]
@@ -895,22 +895,22 @@ def test_optimisers_and_how_long_each_trains(encoder_file, tmp_path, monkeypatch
         return update(loss, optimizer, *rest)
 
     monkeypatch.setattr(data, "update", recorded)
-    classify(make_cell(encoder_file), tmp_path / "probe")
+    classify(make_task(encoder_file), tmp_path / "probe")
     assert set(rates) == {(torch.optim.AdamW, RECIPE["lr"])} and len(rates) == 12
 
 
 def test_a_larger_crop_is_a_larger_grid(encoder_file):
-    cell = make_cell(encoder_file, "--labels", "0.1", "--crop", "44")
-    image, _ = cell.test.dataset[0]
-    assert cell.patches(F.interpolate(image[None], (44, 44))).shape == (1, 7, 7, 3, 8, 8)
-    model = evaluation.build_classifier(cell, 0.0)
+    task = make_task(encoder_file, "--labels", "0.1", "--crop", "44")
+    image, _ = task.test.dataset[0]
+    assert task.patches(F.interpolate(image[None], (44, 44))).shape == (1, 7, 7, 3, 8, 8)
+    model = evaluation.build_classifier(task, 0.0)
     encoded = []
     model.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
-    cell.accuracy(model, cell.test)
-    assert sum(encoded) == 49 * len(cell.test)
+    task.accuracy(model, task.test)
+    assert sum(encoded) == 49 * len(task.test)
     rows = parse_eval("--encoder", encoder_file, "random", "--supervised", "--labels", "0.1",
                       "--crop", "44").rows
-    assert {row.file["crop"] for row in rows} == {44}
+    assert {row.metadata["crop"] for row in rows} == {44}
     with pytest.raises(SystemExit, match="do not tile"):
         parse_eval("--encoder", encoder_file, "--crop", "40")
 
@@ -940,8 +940,8 @@ def test_two_encoders_are_two_rows_and_a_baseline_depends_on_none(encoder_file, 
     others = ["--encoder", "torchvision:resnet18", other, "random"]
     first, _, third = parse_eval(*others).rows
     assert (third.name, third.arch) == ("random", "tiny")  # of the file before it
-    assert first.file["crop"] == 224 and third.file["crop"] == 32
-    assert parse_eval(*others, "--crop", "44").rows[0].file["crop"] == 44
+    assert first.metadata["crop"] == 224 and third.metadata["crop"] == 32
+    assert parse_eval(*others, "--crop", "44").rows[0].metadata["crop"] == 44
     untrained = parse_eval("--encoder", other, "random", encoder_file, "random").rows
     assert [source.name for source in untrained] == ["cpc-0", "random-1", "cpc-2", "random-3"]
     named = parse_eval("--encoder", other, "--supervised", "--head", "none")
@@ -964,15 +964,15 @@ def test_supervised_rows(encoder_file):
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     norms, sides = ("batch", "batch", "batch", "none"), (8, 4, 5, 5)
     for row, norm, side in zip(args.rows, norms, sides, strict=True):
-        cell = evaluation.Cell(args, row, 1.0, 0, None, None, None, CPU)
+        task = evaluation.Task(args, row, 1.0, 0, None, None, None, CPU)
         network = row.make(0)
         assert row.supervised and network.norm == norm
         model = evaluation.Classifier(network, nn.Identity(), frozen=False)
-        assert model(cell.patches(images)).shape == (2, 256, side, side)
+        assert model(task.patches(images)).shape == (2, 256, side, side)
         assert not torch.equal(network.conv1.weight, row.make(1).conv1.weight)
         assert torch.equal(network.conv1.weight, row.make(0).conv1.weight)
         if row.name == "pixels":  # uncut
-            assert torch.equal(cell.patches(images).flatten(0, 2), data.normalise(images))
+            assert torch.equal(task.patches(images).flatten(0, 2), data.normalise(images))
 
 
 @pytest.mark.parametrize("network, kind, saved, geometry", [
@@ -981,36 +981,36 @@ def test_supervised_rows(encoder_file):
 def test_a_supervised_encoder_may_be_a_trunk(network, kind, saved, geometry, encoder_file,
                                              tmp_path):
     """Table 3's other row: what a network has learned is a file for --encoder, by its own name."""
-    cell = make_cell(encoder_file, "--head", "none", "--supervised", network)
-    classify(cell, tmp_path / "run")
+    task = make_task(encoder_file, "--head", "none", "--supervised", network)
+    classify(task, tmp_path / "run")
     file = str(tmp_path / "run" / f"{saved}-0.1-seed-0.pt")
     before = Path(file).read_bytes()
-    classify(cell, tmp_path / "run")  # done: nothing is trained, and nothing written
+    classify(task, tmp_path / "run")  # done: nothing is trained, and nothing written
     assert Path(file).read_bytes() == before
     (found,) = detect.parse_args(["--encoder", file]).sources
-    learned, fresh = found.make(0).state_dict(), cell.row.make(0).state_dict()
-    assert found.name == kind and found.file["trained"]["labels"] == 0.1
+    learned, fresh = found.make(0).state_dict(), task.row.make(0).state_dict()
+    assert found.name == kind and found.metadata["trained"]["labels"] == 0.1
     assert learned.keys() == fresh.keys()
     assert not any(torch.equal(learned[k], fresh[k]) for k in fresh if "bias" not in k)
-    again = make_cell(file, "--head", "linear").row
+    again = make_task(file, "--head", "linear").row
     assert again.name == kind
-    assert [again.file[name] for name in ("crop", "patch", "stride")] == geometry
+    assert [again.metadata[name] for name in ("crop", "patch", "stride")] == geometry
 
 
 def test_sweep_selects_by_held_out_images_alone(encoder_file, tmp_path, monkeypatch):
     held = {"trial 0": 30.0, "trial 1": 50.0, "trial 2": 40.0}
     diverged = []
 
-    def fit(cell, model, recipe, stage, key, *rest):
+    def fit(task, model, recipe, stage, key, *rest):
         trial = key.split("/")[-1]
         if trial in diverged:
             raise data.Diverged
         return held[trial]
 
     def chosen(name):
-        return evaluation.choose_recipe(cell, RECIPE, 3, make_run(tmp_path / name))
+        return evaluation.choose_recipe(task, RECIPE, 3, make_run(tmp_path / name))
 
-    cell = make_cell(encoder_file, "--labels", "0.1")
+    task = make_task(encoder_file, "--labels", "0.1")
     monkeypatch.setattr(evaluation, "fit", fit)
     assert chosen("a") == evaluation.variant(RECIPE, 1) != RECIPE
     diverged.append("trial 1")
@@ -1206,7 +1206,7 @@ def make_detector(encoder, *flags):
 
 
 def test_one_image_is_learned_and_the_frozen_trunk_is_not_touched(encoder_file, voc, tmp_path):
-    """Sec. 4.3's two phases, on one image: mAP 100; the first leaves the trunk bit-identical."""
+    """Sec. 4.3's two stages, on one image: mAP 100; the first leaves the trunk bit-identical."""
     args, network, model = make_detector(encoder_file, "--epochs", "20", "--finetune-epochs", "60",
                                          "--color-drop", "0", "--finetune-lr", "1e-3")
     one = Subset(detect.load_objects(str(voc), "train", 64), [0])
@@ -1248,8 +1248,8 @@ def test_detection_stops_early(encoder_file, voc, tmp_path, monkeypatch):
     monkeypatch.setattr(detect, "average_precisions",
                         lambda *rest: {"mAP": scores[len(states) - 1]})
     run = make_run(tmp_path / "run")
-    for phase, start in (("frozen", None), ("finetuned", 70)):
-        best = detect.fit(args, phase, model, one, one, CPU, run, phase, start)
+    for stage, start in (("frozen", None), ("finetuned", 70)):
+        best = detect.fit(args, stage, model, one, one, CPU, run, stage, start)
         assert best == 70
         assert all(torch.equal(v, states[3][k]) for k, v in model.state_dict().items())
     assert len(states) == 20 and rates == [3e-3, 3e-4]
@@ -1482,7 +1482,7 @@ def check_processes(folder, voc, out):
     """Run by each process of torchrun: three steps of each norm into a file; and, as two, the
     scripts one after the other, process 1 being killed in pre-training, which torchrun restarts."""
     data.start_process(Namespace(batch_size=6, bf16=False))
-    world, cpc.CHUNK = dist.get_world_size(), FEW_QUERIES
+    world, cpc.MAX_LOGITS = dist.get_world_size(), FEW_QUERIES
     first_time = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if first_time:
         steps = {norm: three_steps(norm) for norm in ("layer", "none")}
@@ -1509,8 +1509,8 @@ def check_processes(folder, voc, out):
     dist.barrier()  # encoder.pt is there
     encoder, fit = ["--encoder", f"{out}/cpc/encoder.pt", "--batch-size", "8"], evaluation.fit
 
-    def checked_fit(cell, model, *rest):  # both test with the same statistics of batch norm
-        held_top1 = fit(cell, model, *rest)
+    def checked_fit(task, model, *rest):  # both test with the same statistics of batch norm
+        held_top1 = fit(task, model, *rest)
         mine = torch.cat([buffer for buffer in model.head.buffers() if buffer.dim()])
         dist.broadcast(first := mine.clone(), 0)
         assert torch.equal(mine, first)
@@ -1528,7 +1528,7 @@ def test_any_number_of_processes_computes_the_same(commands, monkeypatch):
     """Sec. 2.1's minibatch is the whole batch: one, two and three processes have the same patches,
     to the bit, and the same losses and gradients. Two processes, one of them killed, end with the
     same weights; and every test image counts once, though 11 and 3 do not divide by two."""
-    monkeypatch.setattr(cpc, "CHUNK", FEW_QUERIES)
+    monkeypatch.setattr(cpc, "MAX_LOGITS", FEW_QUERIES)
     out = commands("two processes")[0].with_name("processes")
     commands("three processes")
     one = {norm: three_steps(norm) for norm in ("layer", "none")}
@@ -1552,7 +1552,7 @@ def test_any_number_of_processes_computes_the_same(commands, monkeypatch):
     results = events(out / "eval", "result")
     assert len(results) == 2
     assert all(r["top1"] in [round(100 * n / 11, 3) for n in range(12)] for r in results)
-    assert [r["phase"] for r in events(out / "detect", "result")] == ["frozen", "finetuned"]
+    assert [r["stage"] for r in events(out / "detect", "result")] == ["frozen", "finetuned"]
     files = (out / "detect").glob("*/*/comp4*")
     lines = [line.split() for file in files for line in file.read_text().splitlines()]
     assert {line[0] for line in lines} == {"000005", "000006", "000007"}
@@ -1813,11 +1813,11 @@ def test_fixed_schedule_and_subset_list(trained, folder, tmp_path):
 
 
 def test_detection_command(commands, tmp_path):
-    """From cpc.py's encoder: a result for each encoder and phase, what VOC's devkit scores,
+    """From cpc.py's encoder: a result for each encoder and stage, what VOC's devkit scores,
     pictures, and a detector for one's own picture."""
     out, printed = commands("detection")
     results = events(out, "result")
-    assert [(r["encoder"], r["phase"], r["seed"]) for r in results] == [
+    assert [(r["encoder"], r["stage"], r["seed"]) for r in results] == [
         ("cpc", "frozen", 0), ("cpc", "finetuned", 0), ("random", "frozen", 0),
         ("random", "finetuned", 0)]
     for r in results:
@@ -1835,13 +1835,13 @@ def test_detection_command(commands, tmp_path):
 
 
 def test_a_continued_detection_is_exact_and_repeats_nothing(commands, trained, voc):
-    """Stopped in the second encoder's first phase, continued: the same results."""
+    """Stopped in the second encoder's first stage, continued: the same results."""
     (out, _), again = commands("detection"), commands("detection again")
     detect.main(detect.parse_args(
         ["--encoder", str(trained / "encoder.pt"), "random", "--data", str(voc), *DETECT,
          "--out", str(again)]))
     assert len(events(again, "start")) == 2
-    for event, names in (("result", ("encoder", "phase", "held_out_map", "mAP", "ap")),
+    for event, names in (("result", ("encoder", "stage", "held_out_map", "mAP", "ap")),
                          ("train", ("fit", "step", "loss"))):
         assert fields(again, event, names) == fields(out, event, names)
 
