@@ -226,9 +226,9 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     batches = data.train_batches(len(dataset), args.batch_size, args.seed, start, stop)
     loader = data.load_batches(dataset, transform, batches, args.workers, skip=True)
     model.train()
-    for step, (images, _) in run.steps(loader, stop, args.batch_size,
-                                       due=lambda done: done % steps_per_epoch == 0):
-        if step > 0 and step % steps_per_epoch == 0 and run.is_main:
+    epoch_ends = range(steps_per_epoch, stop + 1, steps_per_epoch)
+    for step, (images, _) in run.steps(loader, stop, args.batch_size, due=epoch_ends):
+        if step in epoch_ends and run.is_main:
             write_encoder(step)  # after each epoch: a long run is evaluated while it goes on
         patches = make_patches(images, args, device, step)
         if step == 0 and run.is_main:
@@ -393,7 +393,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=RATE, default=4e-4, help="peak learning rate of Adam")
     add("--warmup", type=number(0, 1e9, int), default=1000, help="steps to the peak")
     add("--clip", type=number(0, 1e9), default=0.01, help="gradient norm, 0 for none")
-    add("--average", type=number(0, 0.99999), default=0.9999, help="its decay, 0: no average")
+    add("--average", type=number(0, 0.99999), default=0.9999, help="the average's decay, 0: none")
     # how it runs
     # ours: 128 images of ResNet-161 on a GPU take 56 GiB with recomputed activations, 127 without
     add("--checkpointing", action=BooleanOptionalAction, help="recompute (default: 4096 channels)")
@@ -414,7 +414,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def main(args: Namespace) -> None:
-    """Everything in order: process group, data, model, what it will cost, and the run."""
+    """Everything in order: process group, data, model, and the run."""
     device = data.start_process(args)
     dataset = data.load_dataset(args.data, "pretrain", args.crop)
     stop = args.epochs * (len(dataset) // args.batch_size)

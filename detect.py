@@ -9,8 +9,8 @@
 The encoder is conv1..conv4 of a ResNet. Sec. 4.3 "replaced the neural network classifier ... with a
 Faster-RCNN": here torchvision's, with the encoder as its trunk, fully convolutional on the whole
 image, not on patches (Fig. 2 allows both), and a conv5 with random weights on the regions (ours).
-First the trunk is fixed, then everything is fine-tuned from that solution, with early stopping on
-held-out training images (Sec. 2.2).
+First the trunk is fixed, then everything is fine-tuned from that solution, with early stopping
+(Sec. 2.2 has it for fine-tuning; ours: in both stages, on held-out training images).
 
 Results: assets/results.md; at the paper's scale not yet measured.
 
@@ -107,8 +107,8 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
     rpn_head.conv = nn.Sequential(nn.Conv2d(D, width, 3, padding=1), nn.ReLU())
     nn.init.normal_(rpn_head.conv[0].weight, std=0.01)  # as the others in RPNHead
     nn.init.zeros_(rpn_head.conv[0].bias)
-    # a ResNet's conv5, on 14x14 cells of a region
-    channels, cells = (D, 6) if tiny else (2048, 14)
+    # a ResNet's conv5, on regions resized to 14x14
+    channels, region_side = (D, 6) if tiny else (2048, 14)
     # paper: Sec. 2.2, "scale-augmentation (Doersch et al., 2015)", who draw 150 to 450 thousand
     # pixels: of a 4:3 image with a short side of 480, 154 to 461. torchvision's detector draws one
     # of these short sides in training and takes the last at test time.
@@ -118,7 +118,7 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
         Trunk(encoder, bf16), min_size=[*training_sides, side], max_size=round(2.5 * side),
         image_mean=(0.0,) * 3, image_std=(1.0,) * 3,
         rpn_anchor_generator=anchors, rpn_head=rpn_head, rpn_post_nms_top_n_test=proposals,
-        box_roi_pool=MultiScaleRoIAlign(["0"], cells, 2), box_head=Conv5(D, channels, bf16),
+        box_roi_pool=MultiScaleRoIAlign(["0"], region_side, 2), box_head=Conv5(D, channels, bf16),
         box_predictor=FastRCNNPredictor(channels, classes + 1), box_batch_size_per_image=regions,
         box_score_thresh=0.01,  # ours: low scores add recall
         # torchvision's RoIAlign infers the stride from the unpadded size: pad little
@@ -307,7 +307,7 @@ def fit(args: Namespace, stage: str, model: FasterRCNN, train_set: Subset, held_
     transform = objects_transform(train=True)
     loader = data.load_batches(train_set, transform, batches, args.workers, skip=True, collate=list)
     model.train()
-    for step, items in run.steps(loader, stop, batch, due=lambda done: done in tests):
+    for step, items in run.steps(loader, stop, batch, due=tests):
         optimizer.param_groups[0]["lr"] = peak * learning_rate(step, stop, 1.0, stop // 10)
         seed = data.derive_seed(args.seed, stage, step + 1)
         # of the scale, and of the anchors and regions that torchvision draws: each process its own
@@ -477,7 +477,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--finetune-epochs", type=number(1e-3, 1e6), default=30, help="of everything")
     add("--batch-size", type=COUNT, default=16, help="images of all processes")
     add("--lr", type=RATE, default=2e-4, help="peak learning rate of AdamW")
-    add("--finetune-lr", type=RATE, default=2e-5, help="and for everything")
+    add("--finetune-lr", type=RATE, default=2e-5, help="and of fine-tuning")
     add("--weight-decay", type=SHARE, default=1e-4, help="of all weights")
 
     early, _ = parser.parse_known_args(argv)

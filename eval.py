@@ -9,7 +9,8 @@
 Linear: the encoder frozen, batch norm and one linear layer. Efficient (`--labels`): an 11-block
 ResNet on the frozen latents, then both fine-tuned from that solution. Supervised: a network from
 pixels, with the same labels. Each result is a line of log.jsonl; a table follows. The flags'
-defaults are for the paper's scale; RECIPES has those of the probe, small encoders and --tiny.
+defaults are an 11-block head's at the paper's scale; RECIPES has the probe's, small encoders', and
+--tiny's.
 
 Results: assets/results.md; at the paper's scale not yet measured.
 
@@ -58,7 +59,8 @@ class LinearProbe(nn.Module):
 
 class PooledLinear(nn.Linear):
     """Mean-pool, A.4's "DropOut layer before the final linear classification layer", linear.
-    Latents [B, D, G, G] -> logits [B, classes] in float32: bfloat16's many ties decide top-5."""
+    Latents [B, D, G, G] -> logits [B, classes] in float32: many of bfloat16's would be equal, and
+    top-5 arbitrary."""
 
     def __init__(self, channels: int, classes: int, dropout: float):
         super().__init__(channels, classes)
@@ -71,12 +73,13 @@ class PooledLinear(nn.Linear):
             return super().forward(pooled)
 
 
-def resnet_head(in_channels: int, classes: int, dropout: float = 0.0, channels: int = 4096,
-                width: int = 1024) -> nn.Sequential:
+def resnet_head(in_channels: int, classes: int, dropout: float = 0.0) -> nn.Sequential:
     """Sec. 2.2: "an 11-block ResNet architecture with 4096-dimensional feature maps and
     1024-dimensional bottleneck layers"."""
-    # ours: batch norm and drop-out, as in the supervised ResNets; no stride on a 6x6 grid
-    blocks = [Bottleneck(channels if n else in_channels, channels, width, 1, "batch")
+    # ours: the head of a small encoder is as wide as the encoder; batch norm and drop-out, as in
+    # the supervised ResNets; no stride on a 6x6 grid
+    channels = 4096 if in_channels >= 1024 else in_channels
+    blocks = [Bottleneck(channels if n else in_channels, channels, channels // 4, 1, "batch")
               for n in range(11)]
     return nn.Sequential(*blocks, nn.BatchNorm2d(channels), nn.ReLU(),
                          PooledLinear(channels, classes, dropout))
@@ -143,10 +146,9 @@ def augmentation(row: Source, args: Namespace) -> tuple[v2.Compose, dict]:
     trained, crop = row.metadata["trained"], row.metadata["crop"]
     if args.head == "linear" and trained:
         # Sec. 2.2, linear classification: "the same data-augmentation as in the unsupervised
-        # learning phase" (ours: it distorts no colours), which encoder.pt tells; colour dropping
-        # and area are flags, with defaults from the first file
-        patches = dict(color_drop=args.color_drop, jitter=trained["jitter"], flip=trained["flip"])
-        return data.image_transform(trained["image_aug"], crop, args.min_area), patches
+        # learning phase" (ours: it distorts no colours), which encoder.pt or a flag tells
+        patches = {name: trained[name] for name in ("color_drop", "jitter", "flip")}
+        return data.image_transform(trained["image_aug"], crop, trained["min_area"]), patches
     grey = trained.get("image_aug") == "v1"
     distort = args.head != "linear"
     transform = data.image_transform("inception", crop, args.min_area, distort, grey)
@@ -192,20 +194,20 @@ class Task:
         batches = data.test_batches(len(images), self.args.batch_size // dist.get_world_size())
         skip = isinstance(images, Subset)  # held-out images are training images
         loader = data.load_batches(images, transform, batches, self.args.workers, skip)
-        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
+        counts = torch.zeros(2, dtype=torch.int64, device=self.device)
         for x, y in loader:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 logits = model(self.patches(x))
             counts += count_correct(logits, y.to(self.device, non_blocking=True))
         dist.all_reduce(counts)
-        top1, top5, n = counts.tolist()
-        return 100 * top1 / n, 100 * top5 / n
+        top1, top5 = counts.tolist()
+        return 100 * top1 / len(images), 100 * top5 / len(images)
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Top-1 and top-5 hits and the number of images, int64 [3]. logits [B, C], labels [B]."""
-    ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return torch.stack((ranked[:, 0].sum(), ranked.sum(), torch.ones_like(labels).sum()))
+    """Top-1 and top-5 hits, int64 [2]. logits [B, C], labels [B]."""
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    return torch.stack((hits[:, 0].sum(), hits.sum()))
 
 
 # ---- Training a classifier -----------------------------------------------------------------------
@@ -223,7 +225,7 @@ def variant(recipe: dict, seed: int) -> dict:
 
 
 def build_classifier(task: Task, dropout: float) -> Classifier:
-    """The row's network under its head, both with weights that are a function of the seed."""
+    """The row's network under its head. Random weights are a function of the seed."""
     row, encoder = task.row, task.row.make(task.seed)
     channels, classes = encoder.out_channels, len(task.train.dataset.classes)
     torch.manual_seed(data.derive_seed(task.seed, "head"))
@@ -232,9 +234,7 @@ def build_classifier(task: Task, dropout: float) -> Classifier:
     elif task.args.head == "linear":
         head = LinearProbe(channels, classes)
     else:
-        # paper: 4096 and 1024. ours: the head of a small encoder is as wide as the encoder
-        size = (4096, 1024) if channels >= 1024 else (channels, channels // 4)
-        head = resnet_head(channels, classes, dropout, *size)
+        head = resnet_head(channels, classes, dropout)
     model = Classifier(encoder, head, frozen=not row.supervised)
     return model.to(task.device, memory_format=torch.channels_last)
 
@@ -285,7 +285,7 @@ def fit(task: Task, model: Classifier, recipe: dict, stage: str, key: str, run: 
     batches = data.train_batches(len(task.train), batch, seed, start, stop)
     loader = data.load_batches(task.train, transform, batches, task.args.workers, skip=True)
     model.train()
-    for step, (images, labels) in run.steps(loader, stop, batch, due=lambda done: done in tests):
+    for step, (images, labels) in run.steps(loader, stop, batch, due=tests):
         scale = 1.0 if constant else learning_rate(step, stop, 1.0, stop // 10)
         optimizer.param_groups[0]["lr"] = recipe["lr"] * scale
         patches = task.patches(images, data.derive_seed(seed, "patches", step), **augmented)
@@ -340,9 +340,9 @@ def classify(task: Task, recipe: dict, run: data.Run) -> None:
             # found in the previous learning phase, and train them both", with "a smaller learning
             # rate and early-stopping"
             model = Classifier(model.encoder, model.head, frozen=False)
-            longer = args.finetune_epochs / args.epochs
+            ratio = args.finetune_epochs / args.epochs
             recipe = recipe | dict(lr=args.finetune_lr, epochs=args.finetune_epochs,
-                                   min_steps=longer * recipe["min_steps"])
+                                   min_steps=ratio * recipe["min_steps"])
         key = f"{row.name}/{row.arch}/{stage}/{task.fraction:g}/seed {task.seed}"
         if key in run.done:
             held_top1 = run.done[key]["held_out_top1"]
@@ -411,12 +411,12 @@ def print_tables(results: list[dict], classes: int, test_images: int) -> None:
 
 # ---- Command line --------------------------------------------------------------------------------
 
-SMALL_ENCODERS = ("tiny", "small", "shallow", "medium")  # of about a million parameters or less
 # The flags' defaults are those of an 11-block head, or of pixels, at the paper's scale. The others:
 RECIPES = {
     # paper: A.3, Adam at 5e-4; ours: the epochs, which are not stated, and all below
     ("paper", "linear"): dict(epochs=30, min_steps=0, lr=5e-4, weight_decay=0.0, held_out=0.0),
     ("paper", "head"): {},
+    # an encoder of less than 1024 channels, about a million parameters
     ("small", "linear"): dict(epochs=10, batch_size=64, lr=5e-3),
     # Fine-tuning, four times as long as the first stage: accuracy falls at first, and with 10 % of
     # the labels ends 5 points above that of a fine-tuning as long as the first (held-out photos).
@@ -447,45 +447,57 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "by name instead")
     add("--supervised", nargs="*", metavar="ARCH", help="from pixels (A.4): ARCH[:STEM] (default: "
         "resnet152, or a small encoder's); from patches (Sec. 4.1): patched, patched-none")
-    add("--held-out", type=number(0, 0.5), default=0.02, help="share of images to select by, or 0")
+    add("--held-out", type=number(0, 0.5), default=0.02, help="share of images to select by, or 0 "
+        "(linear probe: 0)")
     add("--sweep", type=number(0, 1e6, int), default=0, metavar="N", help="recipes tried for each "
         "row and share, by held-out images")  # paper: A.4
-    add("--seeds", type=COUNT, default=1, help="runs, each with its own labels")
+    add("--seeds", type=COUNT, default=1, help="runs, each with its own labels, unless --subset")
     # The recipe (others: RECIPES), ours; A.4 has the learning rate, for the supervised rows
-    add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images; supervised "
-        "rows take 2.5 times as many, and of --min-steps")
+    add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images (linear "
+        "probe: 30); supervised rows take 2.5 times as many, or as CPC's two stages if these are "
+        "more, and of --min-steps")
     add("--finetune-epochs", type=number(1e-3, 1e6), default=50, help="of fine-tuning")
-    add("--min-steps", type=number(0, 1e9), default=10_000, help="train so many at least")
+    add("--min-steps", type=number(0, 1e9), default=10_000, help="train so many at least (linear "
+        "probe: 0)")
     add("--batch-size", type=COUNT, default=512, help="of all processes")
-    add("--lr", type=RATE, default=0.1, help="peak learning rate of SGD; linear probe: of Adam")
+    add("--lr", type=RATE, default=0.1, help="peak learning rate of SGD (linear probe: 5e-4, Adam)")
     add("--finetune-lr", type=RATE, default=1e-4, help="of AdamW")
-    add("--weight-decay", type=SHARE, default=1e-4, help="of all weights")
+    add("--weight-decay", type=SHARE, default=1e-4, help="of all weights (linear probe: 0)")
     add("--dropout", type=number(0, 0.99), default=0.2, help="before the last layer")
     # Sec. 2.2, A.4: Inception preprocessing and color-dropping. With an encoder, crop and area are
     # its own, for a linear probe colour dropping too.
     add("--crop", type=COUNT, help="side of the image, in more or fewer patches (default: the "
         "encoder's, or 240)")
-    add("--min-area", type=number(1e-3, 1), default=0.08, help="of the inception crop")
-    add("--color-drop", type=SHARE, default=0.5, help="for a patch; supervised rows drop none")
+    add("--min-area", type=number(1e-3, 1), help="of the inception crop (default: the encoder's, "
+        "or 0.08)")
+    add("--color-drop", type=SHARE, help="probability for a patch; supervised rows drop none "
+        "(default: 0.5; linear probe: the encoder's)")
 
     early, _ = parser.parse_known_args(argv)
     head = early.head or ("resnet" if early.labels or early.subset else "linear")
     kind = "linear" if head == "linear" else "head"
     names = early.encoder or ([] if head == "none" else ["runs/cpc/encoder.pt"])
     sources, metadata = find_encoders(names)
-    for source in sources:
-        if early.crop and source.metadata:
-            source.metadata["crop"] = early.crop
+    flags = {name: value for name, value in vars(early).items()
+             if name in ("min_area", "color_drop") and value is not None}
+    for source in sources:  # flags come before what an encoder's file says
+        if source.metadata:
+            source.metadata["trained"] |= flags
+            whole = source.metadata["patch"] == source.metadata["crop"]  # a network from pixels
+            source.metadata["crop"] = early.crop or source.metadata["crop"]
+            if whole:
+                source.metadata["patch"] = source.metadata["crop"]
     scale = "paper"
     baseline = "resnet152"  # that `--supervised` by itself means
-    parser.set_defaults(crop=240)  # ours: A.3's for CPC; A.4 gives its networks no size
+    # ours: A.3's crop for CPC; A.4 gives its networks no size. Szegedy et al. have 0.08.
+    parser.set_defaults(crop=240, min_area=0.08, color_drop=0.5)
     if metadata:
         trained = metadata["trained"]
         parser.set_defaults(crop=metadata["crop"], data=trained["data"],
                             min_area=trained["min_area"])
         if head == "linear":
             parser.set_defaults(color_drop=trained["color_drop"])
-        if metadata["arch"] in SMALL_ENCODERS:
+        if ARCHITECTURES[metadata["arch"]][1][-1] < 1024:
             scale = "small"
             baseline = metadata["arch"]
             if metadata["stem"] != ARCHITECTURES[baseline][3]:

@@ -89,7 +89,7 @@ class Conv1x1(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         # [out, in]; permuted first, so that its gradient has the strides that DDP's buckets expect
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        # A strided map is copied first: else torch copies a frozen weight for each of its rows.
+        # A strided map is made contiguous: else torch repeats a frozen weight for each of its rows.
         x = x.permute(0, 2, 3, 1).contiguous()  # [N, H, W, C]
         return F.linear(x, weight, self.bias).permute(0, 3, 1, 2)
 

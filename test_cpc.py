@@ -669,7 +669,7 @@ def test_count_correct():
     order = [sorted(range(8), key=lambda c: -row[c]) for row in logits.tolist()]
     top1 = sum(o[0] == y for o, y in zip(order, labels.tolist()))
     top5 = sum(y in o[:5] for o, y in zip(order, labels.tolist()))
-    assert evaluation.count_correct(logits, labels).tolist() == [top1, top5, 50]
+    assert evaluation.count_correct(logits, labels).tolist() == [top1, top5]
     assert evaluation.count_correct(logits[:, :3], labels % 3)[1] == 50  # fewer than five classes
 
 
@@ -913,6 +913,31 @@ def test_a_larger_crop_is_a_larger_grid(encoder_file):
     assert {row.metadata["crop"] for row in rows} == {44}
     with pytest.raises(SystemExit, match="do not tile"):
         parse_eval("--encoder", encoder_file, "--crop", "40")
+
+
+def test_each_probe_has_its_own_files_augmentation(encoder_file, tmp_path):
+    encoder, metadata = resnet.load_encoder(encoder_file)
+    other = metadata | {"trained": metadata["trained"] | {"color_drop": 0.125, "min_area": 0.9}}
+    other = {key: other[key] for key in ("crop", "patch", "stride", "trained")}
+    resnet.save_encoder(tmp_path / "other.pt", encoder, other)
+    both = "--encoder", encoder_file, tmp_path / "other.pt"
+    for flags, drops, areas in (
+            ((), [metadata["trained"]["color_drop"], 0.125], [0.6, 0.9]),
+            (("--color-drop", "0", "--min-area", "0.3"), [0, 0], [0.3, 0.3])):
+        args = parse_eval(*both, *flags)
+        transforms, patches = zip(*(evaluation.augmentation(row, args) for row in args.rows))
+        assert [augmented["color_drop"] for augmented in patches] == drops
+        assert [transform.transforms[0].scale[0] for transform in transforms] == areas
+
+
+def test_a_network_of_whole_images_takes_a_larger_one(tmp_path):
+    encoder = resnet.Encoder("tiny", "batch")
+    how = dict(data="shapes", supervised="pixels", min_area=0.6, color_drop=0.0, jitter=False,
+               flip=0.0, image_aug="inception")
+    metadata = dict(crop=32, patch=32, stride=1, trained=how)
+    resnet.save_encoder(tmp_path / "pixels.pt", encoder, metadata)
+    task = make_task(tmp_path / "pixels.pt", "--crop", "40")
+    assert task.patches(torch.zeros(1, 3, 40, 40, dtype=torch.uint8)).shape == (1, 1, 1, 3, 40, 40)
 
 
 def test_shapes_mean_the_tiny_scale(encoder_file):
@@ -1349,7 +1374,7 @@ def test_a_file_system_may_have_no_locks(tmp_path, monkeypatch):
 def steps_of(run, values, key="train", after=None):
     """A training whose loss takes these values; `after(step)` is called in each step's body."""
     start = run.resume(key)
-    for step, value in run.steps(values[start:], len(values), 1, due=lambda done: done == 4):
+    for step, value in run.steps(values[start:], len(values), 1, due=[4]):
         run.tally(loss=torch.tensor(float(value)))
         if after:
             after(step)
@@ -1426,7 +1451,7 @@ def test_everything_stays_on_its_device(monkeypatch):
         seen += cpc.rank_patches(model, images.to(cuda), args)
         latents = encoder.grid(patches)
         seen += [evaluation.LinearProbe(256, 10)(latents)]
-        seen += [evaluation.resnet_head(256, 10, 0.0, 256, 64)(latents)]
+        seen += [evaluation.resnet_head(256, 10)(latents)]
         prepared = detect.prepare([images[0]], cuda)
         seen += [detect.Trunk(encoder, bf16=False)(torch.stack(prepared))]
         seen += [detect.Conv5(256, 256, bf16=False)(torch.zeros(2, 256, 6, 6))]
