@@ -82,6 +82,10 @@ results() {
             ${pixels/1800/900} --data $data/photos --out runs/short-pixels-$s
         add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s \
             ${pixels/1800/3600} --data $data/photos --out runs/longer-pixels-$s
+        add python eval.py --encoder runs/photos/encoder.pt --labels 0.01 --finetune-epochs 5 \
+            --crop 128 --held-out 0 --seed $s --out runs/only-labels-$s
+        add python eval.py --head none --supervised medium --labels 0.01 --seed $s \
+            ${pixels/0.05/0} --data $data/photos --out runs/only-pixels-$s
     done
     add python eval.py --encoder runs/photos/encoder.pt --labels 0.02 0.05 0.2 0.5 1 \
         --crop 128 --out runs/photos-labels-more
