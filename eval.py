@@ -483,10 +483,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     for source in sources:  # flags come before what an encoder's file says
         if source.metadata:
             source.metadata["trained"] |= flags
-            whole = source.metadata["patch"] == source.metadata["crop"]  # a network from pixels
+            if early.crop and source.metadata["patch"] == source.metadata["crop"]:
+                source.metadata["patch"] = early.crop  # a network from pixels: the whole image
             source.metadata["crop"] = early.crop or source.metadata["crop"]
-            if whole:
-                source.metadata["patch"] = source.metadata["crop"]
     scale = "paper"
     baseline = "resnet152"  # that `--supervised` by itself means
     # ours: A.3's crop for CPC; A.4 gives its networks no size. Szegedy et al. have 0.08.
