@@ -14,7 +14,8 @@ rest is discarded (Sec. 2.2).
 Results: assets/results.md; at the paper's scale not yet measured.
 
 Shapes: B images of this process, N of the batch, G grid side, D latent channels, K target channels,
-P patch side.
+P patch side. Comments, here and in the other files: `paper:` the paper says so; `ours:` it is
+silent; `differs:` it says something else, for the reason given.
 """
 
 import copy
@@ -22,6 +23,7 @@ import math
 import statistics
 import time
 from argparse import BooleanOptionalAction, Namespace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -93,17 +95,16 @@ def info_nce(predictions: Tensor, targets: Tensor, k: int,
     # right labels
     index = torch.arange(len(candidates), device=targets.device).view(-1, G, G)  # of a candidate
     labels = index[first_image:first_image + B, k:].flatten()  # of z[i + k, j], for c[i, j]
+    max_logits = 8 * MAX_LOGITS if targets.is_cuda else MAX_LOGITS
+    chunk = max(1, max_logits // len(candidates))  # queries at a time
+    loss_of = softmax_loss
+    if chunk < len(queries):  # too many logits at once: computed again in the backward pass
+        loss_of = partial(checkpoint, softmax_loss, use_reentrant=False, preserve_rng_state=False)
     loss = hits = 0
     with torch.autocast(targets.device.type, enabled=False):  # ours: logits in float32
-        max_logits = 8 * MAX_LOGITS if targets.is_cuda else MAX_LOGITS
-        chunk = max(1, max_logits // len(candidates))  # queries at a time
         for q, y in zip(queries.split(chunk), labels.split(chunk)):
-            if len(q) == len(queries):
-                sums = softmax_loss(q, candidates, y)
-            else:  # too many logits: chunk by chunk, computed again in the backward pass
-                sums = checkpoint(softmax_loss, q, candidates, y, use_reentrant=False,
-                                  preserve_rng_state=False)
-            loss, hits = loss + sums[0], hits + sums[1]
+            chunk_loss, chunk_hits = loss_of(q, candidates, y)
+            loss, hits = loss + chunk_loss, hits + chunk_hits
     return loss / len(queries), hits / len(queries)
 
 
@@ -371,11 +372,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--arch", choices=ARCHITECTURES, default="resnet161", help="encoder")  # paper
     add("--norm", choices=NORMS, default="layer", help="normalisation")  # paper
     add("--stem", choices=STEMS, help="3x3/2, 3x3: for small patches (default: by --arch)")
-    add("--directions", type=int, choices=CPC.TURNS, default=4, help="of prediction")  # paper
+    add("--directions", type=int, choices=CPC.TURNS, default=4, help="to predict in")  # paper
     add("--lengths", type=COUNT, nargs="+", default=[2, 3], metavar="K", help="rows ahead")  # paper
     add("--color-drop", type=SHARE, default=0.5, help="probability for a patch")  # ours: not stated
     add("--flip", type=SHARE, default=0.0, help="probability for a patch")  # paper: no gain in v2
-    add("--jitter", action=BooleanOptionalAction, default=True, help="shift patches")  # paper
+    # paper: v1's, which v2 furthers by what it does to colours
+    add("--jitter", action=BooleanOptionalAction, default=True, help="shift patches")
     # A.3: the geometry, a 6x6 grid; A.2's example has 7x7, which is v1's 256/64/32
     add("--crop", type=COUNT, default=240, help="side of the image, pixels")  # paper
     add("--patch", type=COUNT, default=80, help="side of a patch, pixels")  # paper
@@ -396,7 +398,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--average", type=number(0, 0.99999), default=0.9999, help="the average's decay, 0: none")
     # how it runs
     # ours: 128 images of ResNet-161 on a GPU take 56 GiB with recomputed activations, 127 without
-    add("--checkpointing", action=BooleanOptionalAction, help="recompute (default: 4096 channels)")
+    add("--checkpointing", action=BooleanOptionalAction, help="recompute activations in the "
+        "backward pass (default: only with 4096 channels)")
     add("--compile", action="store_true", help="torch.compile the blocks: slower on a CPU")
     add("--benchmark", type=COUNT, metavar="N", help="time N steps, train nothing")
 
@@ -408,7 +411,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     G = data.grid_side(args.crop, args.patch, args.stride)
     if max(args.lengths) >= G:
         parser.error(f"--lengths {args.lengths} on a {G}x{G} grid: each must be 1 to {G - 1}")
-    if (args.stem or ARCHITECTURES[args.arch][3]) == "7x7" and args.patch < 32:
+    if (args.stem or ARCHITECTURES[args.arch].stem) == "7x7" and args.patch < 32:
         parser.error(f"--patch {args.patch} is too small for the 7x7 stem: pass --stem 3x3")
     return args
 
@@ -420,8 +423,8 @@ def main(args: Namespace) -> None:
     stop = args.epochs * (len(dataset) // args.batch_size)
     least = 0 if args.benchmark else args.warmup
     if stop <= least:
-        raise SystemExit(f"{len(dataset)} images are {stop} steps of --batch-size "
-                         f"{args.batch_size}, not more than {least}: lower it, or --warmup")
+        raise SystemExit(f"--epochs {args.epochs} of {len(dataset)} images are {stop} steps, not "
+                         f"more than {least}: lower --batch-size or --warmup, or raise --epochs")
 
     torch.manual_seed(args.seed)  # the same initial weights everywhere
     encoder = Encoder(args.arch, args.norm, args.stem, args.checkpointing)

@@ -75,8 +75,9 @@ def jittered(patch: int, numbers: Tensor) -> Tensor:
     """For each row (or column) of a patch the row that it is copied from: int64 [..., P]. numbers:
     uniform in 0..1, [...].
 
-    paper: Sec. 4.1, "spatially jitters individual patches"; v1: a random 60x60 subcrop of a 64x64
-    patch, padded back. ours: the same proportion for other patches (80 -> 75, 8 -> 7). differs:
+    paper: Sec. 4.1, of v1, whose logic v2 furthers: "spatially jitters individual patches"; there a
+    random 60x60 subcrop of a 64x64 patch, padded back. ours: the same proportion for other patches
+    (80 -> 75, 8 -> 7). differs:
     the border is repeated: a border of zeros, which patches at test time do not have, cost a linear
     probe on CIFAR-10 25 points of top-1 in an early trial."""
     side = max(1, patch * 60 // 64)
@@ -701,8 +702,9 @@ class Run:
         """What the next line of the log says. Diverged if it is not finite: nothing is saved."""
         means = {name: value.item() / self.count for name, value in self.sums.items()}
         if not all(map(math.isfinite, means.values())):
-            raise Diverged(f"not finite: {means}, {self.notes}: lower --lr, in another --out; "
-                           f"the last checkpoint is kept" if self.is_main else 1)
+            message = (f"not finite: {means}, {self.notes}: lower --lr, in another --out; the last "
+                       f"checkpoint is kept")
+            raise Diverged(message if self.is_main else 1)
         return means
 
     def steps(self, batches: Iterator, stop: int, batch_size: int, due: Container) -> Iterator:

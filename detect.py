@@ -262,14 +262,14 @@ def average_precisions(detections: list[dict], truths: list[dict], classes: list
 
 
 @torch.no_grad()
-def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device,
-               workers: int | None) -> tuple[tuple[dict, ...], tuple[dict, ...]]:
-    """Every image's detections, boxes in its own pixels, and its truth; from all processes."""
+def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device, workers: int | None,
+               skip: bool = False) -> tuple[tuple[dict, ...], tuple[dict, ...]]:
+    """Every image's detections, boxes in its own pixels, and its truth; from all processes.
+    skip: as in `data.Seeded`, for held-out images, which are training images."""
     model.eval()
     batches, world = data.test_batches(len(objects), 1), dist.get_world_size()
     transform = objects_transform(train=False)
     pairs = []
-    skip = isinstance(objects, Subset)  # held-out images are training images
     for items in data.load_batches(objects, transform, batches, workers, skip, collate=list):
         ((image, truth),) = items
         (detected,) = model(prepare([image], device))
@@ -321,7 +321,7 @@ def fit(args: Namespace, stage: str, model: FasterRCNN, train_set: Subset, held_
         norm = data.update(loss, optimizer, model.parameters(), clip=10.0)
         run.tally(loss=loss, **losses, gradient_norm=norm)
         if step + 1 in tests and len(held_out):
-            detections, truths = detect_all(model, held_out, device, args.workers)
+            detections, truths = detect_all(model, held_out, device, args.workers, skip=True)
             held_map = average_precisions(detections, truths, held_out.dataset.classes)["mAP"]
             model.train()
             run.note(held_out=held_map)

@@ -125,20 +125,30 @@ def find_rows(args: Namespace, sources: list[Source], metadata: dict | None,
     for name in args.supervised:
         arch, _, stem = name.partition(":")
         if arch in ARCHITECTURES and stem in ("", *STEMS):
-            # A.4: ResNet v2, with batch norm, on whole images
-            network = arch, "batch", stem or None
-            rows.append(Source("pixels", name, Encoder, network, metadata=whole_image(args.crop),
-                               supervised=True))
+            # A.4: ResNet v2; ours: with batch norm, on whole images
+            arguments = arch, "batch", stem or None
+            rows.append(Source("pixels", name, Encoder, arguments,
+                               metadata=whole_image(args.crop), supervised=True))
         elif name in ("patched", "patched-none") and metadata:
             # Sec. 4.1: CPC's own encoder, 66.4 % with batch norm, 62.5 % "without": ours, with none
             arch, norm = metadata["arch"], "none" if name == "patched-none" else "batch"
-            network = arch, norm, metadata["stem"]
-            rows.append(Source(name, arch, Encoder, network, metadata=metadata | {"trained": {}},
-                               supervised=True))
+            arguments = arch, norm, metadata["stem"]
+            rows.append(Source(name, arch, Encoder, arguments,
+                               metadata=metadata | {"trained": {}}, supervised=True))
         else:
             raise SystemExit(f"--supervised {name} is none of {', '.join(ARCHITECTURES)}, nor, "
                              f"beside an encoder.pt in --encoder, patched, patched-none")
     return rows
+
+
+def apply_flags(metadata: dict, flags: Namespace) -> None:
+    """Flags come before what an encoder's file says: they are written into its metadata."""
+    crop = flags.crop or metadata["crop"]
+    if metadata["patch"] == metadata["crop"]:  # a network from pixels: the whole image
+        metadata["patch"] = crop
+    metadata["crop"] = crop
+    given = {name: getattr(flags, name) for name in ("min_area", "color_drop")}
+    metadata["trained"] |= {name: value for name, value in given.items() if value is not None}
 
 
 def augmentation(row: Source, args: Namespace) -> tuple[v2.Compose, dict]:
@@ -185,14 +195,15 @@ class Task:
         return data.to_patches(images, self.device, patch, stride, seed, **augmented)
 
     @torch.no_grad()
-    def accuracy(self, model: Classifier, images: Dataset) -> tuple[float, float]:
-        """Top-1 and top-5 in percent over all processes: a single crop (Sec. 2.2)."""
+    def accuracy(self, model: Classifier, images: Dataset, skip: bool = False
+                 ) -> tuple[float, float]:
+        """Top-1 and top-5 in percent over all processes: a single crop (Sec. 2.2). skip: as in
+        `data.Seeded`, for held-out images, which are training images."""
         model.eval()
         metadata = self.row.metadata
         grey = metadata["trained"].get("image_aug") == "v1"
         transform = data.image_transform("test", metadata["crop"], grey=grey)
         batches = data.test_batches(len(images), self.args.batch_size // dist.get_world_size())
-        skip = isinstance(images, Subset)  # held-out images are training images
         loader = data.load_batches(images, transform, batches, self.args.workers, skip)
         counts = torch.zeros(2, dtype=torch.int64, device=self.device)
         for x, y in loader:
@@ -211,6 +222,19 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 # ---- Training a classifier -----------------------------------------------------------------------
+
+
+def first_recipe(args: Namespace, row: Source) -> dict:
+    """The flags' recipe of a row's first stage."""
+    names = ("epochs", "min_steps", "batch_size", "lr", "weight_decay", "dropout")
+    recipe = {name: getattr(args, name) for name in names}
+    if row.supervised:
+        # ours: random weights need longer: 2.5 times the first stage and, beside CPC, at least as
+        # long as its two stages together
+        stages = 0 if args.head == "none" else 1 + args.finetune_epochs / args.epochs
+        recipe["epochs"] *= max(2.5, stages)
+        recipe["min_steps"] *= max(2.5, stages)
+    return recipe
 
 
 def variant(recipe: dict, seed: int) -> dict:
@@ -298,7 +322,7 @@ def fit(task: Task, model: Classifier, recipe: dict, stage: str, key: str, run: 
         if step + 1 in tests:
             average_buffers(trained)
             if len(task.held_out):
-                top1, _ = task.accuracy(model, task.held_out)
+                top1, _ = task.accuracy(model, task.held_out, skip=True)
                 model.train()
                 run.note(held_out=top1)
                 run.keep_if_best(trained, top1)
@@ -361,16 +385,23 @@ def classify(task: Task, recipe: dict, run: data.Run) -> None:
             labelled_images=len(task.train), held_out_images=len(task.held_out), seed=task.seed,
             held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe,
             seconds=round(time.time() - began, 1))  # since the last start
-        if run.is_main and row.supervised and len(ARCHITECTURES[model.encoder.arch][0]) == 3:
-            # conv1 to conv4: for detect.py's `--encoder`, a supervised trunk beside CPC's (Table
-            # 3's: a ResNet-152)
-            how = dict(data=args.data, supervised=row.name, labels=task.fraction, jitter=False,
-                       flip=0.0, color_drop=0.0, image_aug="inception", min_area=args.min_area)
-            name = row.arch if row.name == "pixels" else row.name
-            name = name.replace(":", "-").replace("/", "-")  # small:3x3/2
-            path = run.folder / f"{name}-{task.fraction:g}-seed-{task.seed}.pt"
-            save_encoder(path, model.encoder, row.metadata | {"trained": run.flags | how})
+        if run.is_main and row.supervised:
+            save_trunk(task, model.encoder, run)
         run.finish(key, "result", result, None if stage == stages[-1] else model.head.state_dict())
+
+
+def save_trunk(task: Task, encoder: Encoder, run: data.Run) -> None:
+    """A supervised network of three stacks (conv1 to conv4), as a file for detect.py's `--encoder`:
+    a supervised trunk beside CPC's (Table 3's: a ResNet-152)."""
+    args, row = task.args, task.row
+    if len(ARCHITECTURES[encoder.arch].blocks) != 3:
+        return
+    how = dict(data=args.data, supervised=row.name, labels=task.fraction, jitter=False, flip=0.0,
+               color_drop=0.0, image_aug="inception", min_area=args.min_area)
+    name = row.arch if row.name == "pixels" else row.name
+    name = name.replace(":", "-").replace("/", "-")  # small:3x3/2
+    path = run.folder / f"{name}-{task.fraction:g}-seed-{task.seed}.pt"
+    save_encoder(path, encoder, row.metadata | {"trained": run.flags | how})
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -447,15 +478,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "by name instead")
     add("--supervised", nargs="*", metavar="ARCH", help="from pixels (A.4): ARCH[:STEM] (default: "
         "resnet152, or a small encoder's); from patches (Sec. 4.1): patched, patched-none")
-    add("--held-out", type=number(0, 0.5), default=0.02, help="share of images to select by, or 0 "
-        "(linear probe: 0)")
+    add("--held-out", type=number(0, 0.5), default=0.02, help="share of the training images to "
+        "select by (default: 0.02; linear probe: 0)")
     add("--sweep", type=number(0, 1e6, int), default=0, metavar="N", help="recipes tried for each "
         "row and share, by held-out images")  # paper: A.4
     add("--seeds", type=COUNT, default=1, help="runs, each with its own labels, unless --subset")
     # The recipe (others: RECIPES), ours; A.4 has the learning rate, for the supervised rows
-    add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images (linear "
-        "probe: 30); supervised rows take 2.5 times as many, or as CPC's two stages if these are "
-        "more, and of --min-steps")
+    add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images "
+        "(default: 50; linear probe: 30); supervised rows take 2.5 times as many, or CPC's two "
+        "stages together if these are longer; so too of --min-steps")
     add("--finetune-epochs", type=number(1e-3, 1e6), default=50, help="of fine-tuning")
     add("--min-steps", type=number(0, 1e9), default=10_000, help="train so many at least (linear "
         "probe: 0)")
@@ -478,14 +509,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     kind = "linear" if head == "linear" else "head"
     names = early.encoder or ([] if head == "none" else ["runs/cpc/encoder.pt"])
     sources, metadata = find_encoders(names)
-    flags = {name: value for name, value in vars(early).items()
-             if name in ("min_area", "color_drop") and value is not None}
-    for source in sources:  # flags come before what an encoder's file says
+    for source in sources:
         if source.metadata:
-            source.metadata["trained"] |= flags
-            if early.crop and source.metadata["patch"] == source.metadata["crop"]:
-                source.metadata["patch"] = early.crop  # a network from pixels: the whole image
-            source.metadata["crop"] = early.crop or source.metadata["crop"]
+            apply_flags(source.metadata, early)
     scale = "paper"
     baseline = "resnet152"  # that `--supervised` by itself means
     # ours: A.3's crop for CPC; A.4 gives its networks no size. Szegedy et al. have 0.08.
@@ -496,10 +522,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                             min_area=trained["min_area"])
         if head == "linear":
             parser.set_defaults(color_drop=trained["color_drop"])
-        if ARCHITECTURES[metadata["arch"]][1][-1] < 1024:
+        if ARCHITECTURES[metadata["arch"]].channels[-1] < 1024:
             scale = "small"
             baseline = metadata["arch"]
-            if metadata["stem"] != ARCHITECTURES[baseline][3]:
+            if metadata["stem"] != ARCHITECTURES[baseline].stem:
                 baseline += f":{metadata['stem']}"
     if early.tiny or parser.parse_known_args(argv)[0].data == "shapes":
         scale = "tiny"
@@ -555,21 +581,12 @@ def main(args: Namespace) -> None:
     run = data.Run(args, data.names_of(train_set), processes=dist.get_world_size(),
                    encoders=list(map(data.fingerprint, args.encoder)),
                    labelled=data.fingerprint(args.subset or ""))
-    names = ("epochs", "min_steps", "batch_size", "lr", "weight_decay", "dropout")
     for seed in seeds:
         for row in rows:
             for fraction, chosen, held in columns[seed]:
                 task = Task(args, row, fraction, seed, Subset(train_set, chosen),
                             Subset(train_set, held), test_set, device)
-                recipe = {name: getattr(args, name) for name in names}
-                if row.supervised:
-                    # ours: random weights need longer: 2.5 times the first stage and, beside CPC,
-                    # at least as long as its two stages together
-                    longer = 2.5
-                    if args.head != "none":
-                        longer = max(longer, 1 + args.finetune_epochs / args.epochs)
-                    recipe["epochs"] *= longer
-                    recipe["min_steps"] *= longer
+                recipe = first_recipe(args, row)
                 if args.sweep:
                     recipe = choose_recipe(task, recipe, args.sweep, run)
                 classify(task, recipe, run)

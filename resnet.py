@@ -22,27 +22,36 @@ from torchvision import models
 
 # ---- Architectures -------------------------------------------------------------------------------
 
-# blocks per stack, channels per stack, bottleneck channels per stack, stem
+
+class Architecture(NamedTuple):
+    """A ResNet, stack by stack."""
+
+    blocks: tuple[int, ...]
+    channels: tuple[int, ...]
+    widths: tuple[int, ...]  # channels inside the bottlenecks
+    stem: str  # of STEMS
+
+
 ARCHITECTURES = {
     # paper: Sec. 4.1. ResNet-101's third stack (23 blocks, 1024, 256) becomes 46 blocks, 4096, 512.
-    "resnet161": ((3, 4, 46), (256, 512, 4096), (64, 128, 512), "7x7"),
+    "resnet161": Architecture((3, 4, 46), (256, 512, 4096), (64, 128, 512), "7x7"),
     # paper: Sec. 4.1. CPC v1's encoder: the first three stacks of ResNet-101.
-    "resnet92": ((3, 4, 23), (256, 512, 1024), (64, 128, 256), "7x7"),
+    "resnet92": Architecture((3, 4, 23), (256, 512, 1024), (64, 128, 256), "7x7"),
     # paper: Fig. 4, right, a deeper and a wider variant. ours: their block counts, since the text
     # that we have lacks this figure. Each has one of the two steps from ResNet-92 to ResNet-161.
-    "resnet161-narrow": ((3, 4, 46), (256, 512, 1024), (64, 128, 256), "7x7"),
-    "resnet92-wide": ((3, 4, 23), (256, 512, 4096), (64, 128, 512), "7x7"),
+    "resnet161-narrow": Architecture((3, 4, 46), (256, 512, 1024), (64, 128, 256), "7x7"),
+    "resnet92-wide": Architecture((3, 4, 23), (256, 512, 4096), (64, 128, 512), "7x7"),
     # paper: A.4, the supervised baselines, "'v2' variant": all four stacks, on whole images.
-    "resnet50": ((3, 4, 6, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
-    "resnet101": ((3, 4, 23, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
-    "resnet152": ((3, 8, 36, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
+    "resnet50": Architecture((3, 4, 6, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
+    "resnet101": Architecture((3, 4, 23, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
+    "resnet152": Architecture((3, 8, 36, 3), (256, 512, 1024, 2048), (64, 128, 256, 512), "7x7"),
     # ours: `tiny` is for the tests and `--tiny`, on a CPU; the others, for photos of a hundred
     # pixels, have about a million parameters. `medium` is for patches of 40 pixels: its stem
     # halves them where the paper's quarters 80, so that they too end as maps of 5x5.
-    "medium": ((1, 2, 2), (128, 256, 512), (64, 96, 128), "3x3/2"),
-    "shallow": ((1, 1, 1), (128, 256, 512), (64, 128, 128), "7x7"),
-    "small": ((2, 2, 2), (128, 256, 512), (32, 64, 128), "3x3"),
-    "tiny": ((1, 1, 1), (64, 128, 256), (32, 32, 64), "3x3"),
+    "medium": Architecture((1, 2, 2), (128, 256, 512), (64, 96, 128), "3x3/2"),
+    "shallow": Architecture((1, 1, 1), (128, 256, 512), (64, 128, 128), "7x7"),
+    "small": Architecture((2, 2, 2), (128, 256, 512), (32, 64, 128), "3x3"),
+    "tiny": Architecture((1, 1, 1), (64, 128, 256), (32, 32, 64), "3x3"),
 }
 # Side and stride of a stem's convolution, stride of the max-pool after it. ours: the last two, for
 # small patches, whose sides the 7x7 stem would quarter.
@@ -309,15 +318,15 @@ def find_encoders(names: list[str], stacks: int = 4) -> tuple[list[Source], dict
             _, model, *weights = name.split(":", 2)
             if model not in models.list_models(models, include="resnet*"):
                 raise SystemExit(f"--encoder {name}: torchvision has no such ResNet")
-            network = model, None, stacks
+            arguments = model, None, stacks
             trained = TorchvisionResNet(model, weights[0], stacks).state_dict() if weights else None
-            sources.append(Source("torchvision", model, TorchvisionResNet, network, trained))
+            sources.append(Source("torchvision", model, TorchvisionResNet, arguments, trained))
         else:
             encoder, metadata = load_encoder(name)
             kind = metadata["trained"].get("supervised", "cpc")
-            network = encoder.arch, encoder.norm, encoder.stem
+            arguments = encoder.arch, encoder.norm, encoder.stem
             weights = encoder.state_dict()
-            sources.append(Source(kind, encoder.arch, Encoder, network, weights, metadata))
+            sources.append(Source(kind, encoder.arch, Encoder, arguments, weights, metadata))
     kinds = [source.name for source in sources]
     for n, kind in enumerate(kinds):
         if kinds.count(kind) > 1:  # rows of the table are told apart by their place

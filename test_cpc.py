@@ -808,7 +808,7 @@ def test_fine_tuning_that_only_harms_is_undone(encoder_file, tmp_path, monkeypat
     """Early stopping may stop at once: the state that fine-tuning starts from counts as well."""
     task, states = make_task(encoder_file, "--labels", "0.1"), []
 
-    def accuracy(model, images):
+    def accuracy(model, images, skip=False):
         states.append((images is task.test, copy.deepcopy(model.state_dict())))
         return (90.0 if model.frozen else 0.0), 0.0
 
@@ -836,7 +836,7 @@ def test_early_stopping_restores_the_best_state(encoder_file, tmp_path, monkeypa
     task, states = make_task(encoder_file, "--head", "linear", "--held-out", "0.1"), []
     scores = [10, 40, 20, 70, 30, 70, 5, 5, 5, 5]
 
-    def accuracy(model, images):
+    def accuracy(model, images, skip=False):
         states.append(copy.deepcopy(model.head.state_dict()))
         return (0.0 if images is task.test else scores[len(states) - 1]), 0.0
 
@@ -1265,7 +1265,7 @@ def test_detection_stops_early(encoder_file, voc, tmp_path, monkeypatch):
     one = Subset(detect.load_objects(str(voc), "train", 64), [0])
     scores, states = [10, 40, 20, 70, 30, 70, 5, 5, 5, 5] + [60] * 10, []
 
-    def detect_all(model, *rest):
+    def detect_all(model, *rest, skip=False):
         states.append(copy.deepcopy(model.state_dict()))
         return [], []
 
@@ -1938,9 +1938,9 @@ PIXELS = ["--tiny", "--head", "none", "--supervised"]
     ("cpc.py", ["--tiny", "--workers", "-5"], "-5 is not between 0"),
     ("cpc.py", ["--tiny", "--emb-scale", "nan"], "nan is not between"),
     ("cpc.py", ["--tiny", "--batch-size", "0"], "0 is not between 1"),
-    ("cpc.py", ["--tiny", "--warmup", "496"], "not more than 496: lower it, or --warmup"),
+    ("cpc.py", ["--tiny", "--warmup", "496"], "--epochs 8 of 4000 images are 496 steps, not more"),
     ("cpc.py", ["--tiny", "--arch", "resnet92"], "pass --stem 3x3"),
-    ("cpc.py", ["--tiny", "--batch-size", "9000"], "4000 images are 0 steps of --batch-size 9000"),
+    ("cpc.py", ["--tiny", "--batch-size", "9000"], "4000 images are 0 steps, not more than 50"),
     ("cpc.py", ["--tiny", "--direction", "4"], "unrecognized arguments"),
     ("cpc.py", ["--tiny", "--norm", "group"], "invalid choice: 'group'"),
     ("eval.py", ["--encoder", "none.pt"], "no encoder at none.pt: run cpc.py first"),
