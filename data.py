@@ -77,9 +77,8 @@ def jittered(patch: int, numbers: Tensor) -> Tensor:
 
     paper: Sec. 4.1, of v1, whose logic v2 furthers: "spatially jitters individual patches"; there a
     random 60x60 subcrop of a 64x64 patch, padded back. ours: the same proportion for other patches
-    (80 -> 75, 8 -> 7). differs:
-    the border is repeated: a border of zeros, which patches at test time do not have, cost a linear
-    probe on CIFAR-10 25 points of top-1 in an early trial."""
+    (80 -> 75, 8 -> 7). differs: the border is repeated: a border of zeros, which patches at test
+    time do not have, cost a linear probe on CIFAR-10 25 points of top-1 in an early trial."""
     side = max(1, patch * 60 // 64)
     shift = ((patch - side + 1) * numbers).long()
     inside = torch.arange(patch, device=shift.device) - (patch - side) // 2
