@@ -23,14 +23,12 @@ import math
 import statistics
 import time
 from argparse import BooleanOptionalAction, Namespace
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid, save_image
 
@@ -53,7 +51,7 @@ class PixelCNN(nn.Module):
                 Conv1x1(channels, hidden), nn.ReLU(inplace=True),
                 # SAME padding, which A.2 does not state but its residual sum needs
                 nn.Conv2d(hidden, hidden, (1, 3), padding=(0, 1)),
-                nn.ZeroPad2d((0, 0, 1, 0)),  # one row of zeros on top, so that in the VALID 2x1
+                nn.ZeroPad2d((0, 0, 1, 0)),  # one row of zeros on top; A.2's 2x1 is VALID
                 nn.Conv2d(hidden, hidden, (2, 1)), nn.ReLU(inplace=True),  # row i sees i - 1 and i
                 Conv1x1(hidden, channels),
             ) for _ in range(5))  # paper: A.2, five blocks
@@ -63,17 +61,6 @@ class PixelCNN(nn.Module):
         for block in self.blocks:
             c = c + block(c)
         return F.relu(c)
-
-
-MAX_LOGITS = 2**24  # ours: held at once, 64 MB in float32; on a GPU eight times as many
-
-
-def softmax_loss(queries: Tensor, candidates: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """A.2's softmax cross-entropy, summed, and how often the true candidate scores highest.
-    queries [Q, K], candidates [C, K], labels int64 [Q] -> two scalars."""
-    logits = queries @ candidates.T  # [Q, C]
-    hits = (logits.argmax(1) == labels).sum()
-    return F.cross_entropy(logits, labels, reduction="sum"), hits
 
 
 def info_nce(predictions: Tensor, targets: Tensor, k: int,
@@ -95,17 +82,10 @@ def info_nce(predictions: Tensor, targets: Tensor, k: int,
     # right labels
     index = torch.arange(len(candidates), device=targets.device).view(-1, G, G)  # of a candidate
     labels = index[first_image:first_image + B, k:].flatten()  # of z[i + k, j], for c[i, j]
-    max_logits = 8 * MAX_LOGITS if targets.is_cuda else MAX_LOGITS
-    chunk = max(1, max_logits // len(candidates))  # queries at a time
-    loss_of = softmax_loss
-    if chunk < len(queries):  # too many logits at once: computed again in the backward pass
-        loss_of = partial(checkpoint, softmax_loss, use_reentrant=False, preserve_rng_state=False)
-    loss = hits = 0
     with torch.autocast(targets.device.type, enabled=False):  # ours: logits in float32
-        for q, y in zip(queries.split(chunk), labels.split(chunk)):
-            chunk_loss, chunk_hits = loss_of(q, candidates, y)
-            loss, hits = loss + chunk_loss, hits + chunk_hits
-    return loss / len(queries), hits / len(queries)
+        logits = queries @ candidates.T  # [B*(G-k)*G, N*G*G]
+    accuracy = (logits.argmax(1) == labels).float().mean()
+    return F.cross_entropy(logits, labels), accuracy
 
 
 class Direction(nn.Module):
@@ -125,6 +105,24 @@ class Direction(nn.Module):
         # paper: A.2, emb_scale multiplies the predictions only
         predictions = {int(k): W(context) * self.emb_scale for k, W in self.predict.items()}
         return self.target(latents), predictions
+
+
+class GatherBatch(torch.autograd.Function):
+    """The rows of all processes, rank by rank: [B, ...] -> [B * world, ...]. A row's gradient is
+    the sum of what every process asks of it. (torch's own is deprecated since 2.14.)"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x)
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 class CPC(nn.Module):
@@ -164,7 +162,7 @@ class CPC(nn.Module):
             targets, predictions = direction(turned)
             # ours: all processes share the whole batch's negatives, a few MB of each; the paper's
             # "minibatch" may be that of a worker
-            targets = data.GatherBatch.apply(targets.float().contiguous())  # [N, K, G, G]
+            targets = GatherBatch.apply(targets.float())  # [N, K, G, G]
             for k, prediction in predictions.items():
                 loss, accuracy = info_nce(prediction, targets, k, first_image)
                 losses.append(loss)
@@ -198,13 +196,10 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     stop = args.epochs * steps_per_epoch
     G = data.grid_side(args.crop, args.patch, args.stride)
     chance = math.log(args.batch_size * G**2)  # the loss of guessing among all patches of a batch
-    # What a continued run must keep. With batch norm (Sec. 4.1's comparison) two things change the
-    # numbers: how many processes share a batch, since each has its own statistics, and whether
-    # blocks are computed again in the backward pass, which updates the statistics again.
-    processes = recomputed = "any"
-    if args.norm == "batch":
-        processes, recomputed = dist.get_world_size(), model.encoder.checkpointing
-    run = data.Run(args, data.names_of(dataset), processes=processes, recomputed=recomputed)
+    # A continued run must keep their number with batch norm alone (Sec. 4.1's comparison): each
+    # process has statistics of its own.
+    processes = dist.get_world_size() if args.norm == "batch" else "any"
+    run = data.Run(args, data.names_of(dataset), processes=processes)
     parts = {"model": model, "optimizer": optimizer}
     if args.average:  # ours: of the encoder alone: the rest is discarded after training
         parts["average"] = copy.deepcopy(model.encoder)
@@ -230,7 +225,9 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     epoch_ends = range(steps_per_epoch, stop + 1, steps_per_epoch)
     for step, (images, _) in run.steps(loader, stop, args.batch_size, due=epoch_ends):
         if step in epoch_ends and run.is_main:
-            write_encoder(step)  # after each epoch: a long run is evaluated while it goes on
+            # The last step ended an epoch and was saved, so that its weights are known to be
+            # finite. A long run can be evaluated while it goes on.
+            write_encoder(step)
         patches = make_patches(images, args, device, step)
         if step == 0 and run.is_main:
             save_patches(patches, run.folder / "patches.png")

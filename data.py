@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -71,7 +71,7 @@ def normalise(images: Tensor) -> Tensor:
     return images.float().mul_(scale).sub_(shift)
 
 
-def jittered(patch: int, numbers: Tensor) -> Tensor:
+def jitter_indices(patch: int, numbers: Tensor) -> Tensor:
     """For each row (or column) of a patch the row that it is copied from: int64 [..., P]. numbers:
     uniform in 0..1, [...].
 
@@ -94,7 +94,7 @@ def drop_colors(x: Tensor, dropped: Tensor, keep: Tensor, noise: Tensor) -> Tens
     paper: Sec. 4.1, "randomly drops two of the three color channels in each patch". Doersch et al.
     2015: replaced by Gaussian noise of 1/100 of the remaining channel's deviation. The noise is
     around zero, the mean colour after normalisation."""
-    # Each channel's deviation is sqrt(E[x^2] - E[x]^2): `x.std` takes ten times as long on a CPU.
+    # Each channel's deviation is sqrt(E[x^2] - E[x]^2): `x.std` takes five times as long on a CPU.
     mean_square = torch.linalg.vector_norm(x, dim=(-2, -1)).square() / noise[0].numel()  # [..., 3]
     deviation = (mean_square - x.mean((-2, -1)).square()).clamp(min=0).sqrt()
     keep = keep[..., None]
@@ -121,7 +121,8 @@ def augment_patches(images: Tensor, patch: int, stride: int, generator: torch.Ge
 
     rows = cols = torch.arange(patch, device=images.device).expand(B, G, G, patch)
     if jitter:
-        rows, cols = jittered(patch, uniform()), jittered(patch, uniform())
+        rows = jitter_indices(patch, uniform())  # [B, G, G, P]
+        cols = jitter_indices(patch, uniform())
     if flip:  # paper: "randomly flip patches horizontally"
         flipped = uniform() < flip
         cols = torch.where(flipped[..., None], cols.flip(-1), cols)
@@ -400,12 +401,10 @@ class Seeded(Dataset):
     makes it, or in what order, changes nothing. key: (index, seed).
 
     skip: in training, an image that cannot be read is named on stderr, and the next one takes its
-    place. It is an error once more than three, and more than one in a hundred, are bad; without
-    skip, always."""
+    place; ten of them in a row are an error. Without skip one is."""
 
     def __init__(self, dataset: Dataset, transform: v2.Transform, skip: bool = False):
-        self.dataset, self.transform, self.skip = dataset, transform, skip
-        self.named = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # by any worker
+        self.dataset, self.transform, self.tries = dataset, transform, 10 if skip else 1
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
         index, seed = key
@@ -415,18 +414,14 @@ class Seeded(Dataset):
             return self.transform(*item)  # (image, label); the boxes of a label follow the image
 
     def _read(self, index: int) -> tuple:
-        while True:
+        for n in range(1, self.tries + 1):
             try:
                 return self.dataset[index]
             except OSError as error:
-                new = not self.named[index]
-                self.named[index] = True
-                bad = self.named.sum()
-                if not self.skip or bad > max(3, 0.01 * len(self.named)) or bad == len(self.named):
+                if n == self.tries:
                     raise
-                if new:
-                    print(f"skipped: {error}", file=sys.stderr, flush=True)
-                index = (index + 1) % len(self.named)
+                print(f"skipped: {error}", file=sys.stderr, flush=True)
+                index = (index + 1) % len(self.dataset)
 
 
 def train_batches(length: int, batch: int, seed: int, start: int, stop: int) -> Iterator:
@@ -465,7 +460,8 @@ def end_workers() -> None:
 
 
 def load_batches(dataset: Dataset, transform: v2.Transform, batches: Iterator,
-                 workers: int | None = None, skip: bool = False, collate: Callable | None = None):
+                 workers: int | None = None, skip: bool = False,
+                 collate: Callable | None = None) -> DataLoader:
     """Batches of (images uint8 [B, 3, S, S], labels int64 [B]), or as `collate` makes them.
     workers: None leaves one core of this rank's share for the training step; 0 loads here; skip:
     as in `Seeded`."""
@@ -534,23 +530,6 @@ def start_process(args: argparse.Namespace) -> torch.device:
     if args.bf16 is None:
         args.bf16 = has_bf16
     return device
-
-
-class GatherBatch(torch.autograd.Function):
-    """The rows of all processes, rank by rank: [B, ...] -> [B * world, ...]. A row's gradient is
-    the sum of what every process asks of it. (torch's own is deprecated since 2.14.)"""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x)
-        return torch.cat(rows)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 # ---- A run: its folder, log, checkpoint and signals ----------------------------------------------
@@ -706,7 +685,7 @@ class Run:
             raise Diverged(message if self.is_main else 1)
         return means
 
-    def steps(self, batches: Iterator, stop: int, batch_size: int, due: Container) -> Iterator:
+    def steps(self, batches: Iterable, stop: int, batch_size: int, due: Container) -> Iterator:
         """(step, batch) for a training loop, whose body calls `tally`, from where `resume` has it.
 
         batch_size: of all processes; due: the numbers of steps after which a line of the log and a
@@ -718,19 +697,19 @@ class Run:
         try:
             for step, batch in enumerate(bar, self.step):
                 yield step, batch
-                self.step = done = step + 1
+                self.step = step + 1
                 if step % 20 == 0:  # reading a value waits for a GPU
                     bar.set_postfix(self._means() | self.notes, refresh=False)
                 caught, late = self._agree()
-                if done in due:
+                if self.step in due:
                     means = {name: float(f"{mean:.7g}") for name, mean in self._means().items()}
                     seconds = time.monotonic() - clock
-                    self.log("train", fit=self.key, step=done, **means, **self.notes,
-                             seconds=round(seconds, 3),
-                             images_per_second=round((done - logged) * batch_size / seconds, 1))
+                    rate = (self.step - logged) * batch_size / seconds
+                    self.log("train", fit=self.key, step=self.step, **means, **self.notes,
+                             seconds=round(seconds, 3), images_per_second=round(rate, 1))
                     self.sums, self.count, self.notes = {}, 0, {}
-                    clock, logged = time.monotonic(), done
-                if done in due or caught or late:
+                    clock, logged = time.monotonic(), self.step
+                if self.step in due or caught or late:
                     self.save()
                 if caught:
                     break

@@ -19,7 +19,6 @@ Shapes: R regions, D latent channels, H W an image's sides.
 
 import copy
 import math
-import time
 from argparse import Namespace
 from operator import itemgetter
 from pathlib import Path
@@ -43,8 +42,8 @@ from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
 import data
 from data import COUNT, RATE, SHARE, learning_rate, number
-from resnet import (ENCODER_HELP, Bottleneck, Encoder, LayerNorm, Source, TorchvisionResNet,
-                    find_encoders, load_file, save_file)
+from resnet import (ENCODER_HELP, Encoder, LayerNorm, Source, TorchvisionResNet, find_encoders,
+                    load_file, residual_stack, save_file)
 
 # ---- The detector --------------------------------------------------------------------------------
 
@@ -81,9 +80,7 @@ class Conv5(nn.Module):
         super().__init__()
         # ours: layer norm over a region's (C, h, w), as in pre-training over a patch's: the few
         # regions of a batch resemble each other too much for batch norm
-        blocks = [Bottleneck(channels if n else in_channels, channels, channels // 4,
-                             1 if n else 2, "layer") for n in range(3)]
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = residual_stack(3, in_channels, channels, channels // 4, 2, "layer")
         self.norm, self.bf16 = LayerNorm(channels), bf16
 
     def forward(self, regions: Tensor) -> Tensor:
@@ -112,10 +109,10 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
     # paper: Sec. 2.2, "scale-augmentation (Doersch et al., 2015)", who draw 150 to 450 thousand
     # pixels: of a 4:3 image with a short side of 480, 154 to 461. torchvision's detector draws one
     # of these short sides in training and takes the last at test time.
-    areas = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5)
-    training_sides = [round(side * math.sqrt(area)) for area in areas]
+    areas = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.0)
+    sides = [round(side * math.sqrt(area)) for area in areas]
     return FasterRCNN(
-        Trunk(encoder, bf16), min_size=[*training_sides, side], max_size=round(2.5 * side),
+        Trunk(encoder, bf16), min_size=sides, max_size=round(2.5 * side),
         image_mean=(0.0,) * 3, image_std=(1.0,) * 3,
         rpn_anchor_generator=anchors, rpn_head=rpn_head, rpn_post_nms_top_n_test=proposals,
         box_roi_pool=MultiScaleRoIAlign(["0"], region_side, 2), box_head=Conv5(D, channels, bf16),
@@ -194,7 +191,7 @@ def objects_transform(train: bool) -> v2.Compose:
     device, by the detector and `prepare`. ours: mirrored half the time; boxes of less than a pixel
     inside the image are left out."""
     steps = [v2.RandomHorizontalFlip(), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
-    return v2.Compose([*(steps if train else []), v2.PILToTensor()])
+    return v2.Compose([*(steps if train else []), v2.PILToTensor(), v2.ToPureTensor()])
 
 
 def prepare(images: list[Tensor], device: torch.device, color_drop: float = 0.0,
@@ -267,14 +264,14 @@ def detect_all(model: FasterRCNN, objects: Dataset, device: torch.device, worker
     """Every image's detections, boxes in its own pixels, and its truth; from all processes.
     skip: as in `data.Seeded`, for held-out images, which are training images."""
     model.eval()
-    batches, world = data.test_batches(len(objects), 1), dist.get_world_size()
+    batches = data.test_batches(len(objects), 1)
     transform = objects_transform(train=False)
     pairs = []
     for items in data.load_batches(objects, transform, batches, workers, skip, collate=list):
         ((image, truth),) = items
         (detected,) = model(prepare([image], device))
-        pairs.append(tuple({k: v.as_subclass(Tensor).cpu() for k, v in one.items()}
-                           for one in (detected, truth)))
+        pairs.append(({k: v.cpu() for k, v in detected.items()}, truth))
+    world = dist.get_world_size()
     shares = [None] * world
     dist.all_gather_object(shares, pairs)
     # in the data set's order again: `test_batches` dealt them out
@@ -313,8 +310,7 @@ def fit(args: Namespace, stage: str, model: FasterRCNN, train_set: Subset, held_
         # of the scale, and of the anchors and regions that torchvision draws: each process its own
         torch.manual_seed(data.derive_seed(seed, "process", dist.get_rank()))
         images = prepare([image for image, _ in items], device, args.color_drop, seed)
-        targets = [{k: truth[k].as_subclass(Tensor).to(device) for k in ("boxes", "labels")}
-                   for _, truth in items]
+        targets = [{k: truth[k].to(device) for k in ("boxes", "labels")} for _, truth in items]
         losses = ddp(images, targets)
         loss = sum(losses.values())
         # ours: clipped, for a batch of bad boxes
@@ -346,7 +342,6 @@ def run_stages(args: Namespace, source: Source, sets: tuple[Subset, Subset, Data
             if key in run.solution:
                 model.load_state_dict(run.solution[key])
             continue
-        began = time.time()
         weights = copy.deepcopy(network.state_dict()) if stage == "frozen" else None
         held_map = fit(args, stage, model, train_set, held_out, device, run, key, held_map)
         if stage == "frozen":
@@ -354,7 +349,7 @@ def run_stages(args: Namespace, source: Source, sets: tuple[Subset, Subset, Data
             torch.testing.assert_close(network.state_dict(), weights, rtol=0, atol=0)
         detections, truths = detect_all(model, test_set, device, args.workers)
         result = dict(encoder=source.name, arch=source.arch, stage=stage, seed=args.seed,
-                      held_out_map=held_map, seconds=round(time.time() - began, 1),
+                      held_out_map=held_map,
                       **average_precisions(detections, truths, test_set.classes))
         if run.is_main:
             write_voc(run.folder / key, detections, test_set)
@@ -399,7 +394,8 @@ def draw(image: Tensor, detected: dict, classes: list[str], truth: dict | None =
 
 def save_picture(path: Path, objects: Dataset, detections: list[dict], images: int = 12) -> None:
     """The first test images, with what was detected and what is there."""
-    transform, shown = objects_transform(train=False), []
+    transform = objects_transform(train=False)
+    shown = []
     for i in range(min(images, len(objects))):
         image, truth = transform(*objects[i])
         shown.append(draw(image, detections[i], objects.classes, truth, score=0.2))
@@ -471,7 +467,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--proposals", type=number(1, 1e4, int), default=300, help="of a test image")  # Ren 2015
     add("--regions", type=number(4, 1e4, int), default=128, help="of a training image")  # ours
     # ours: the paper states nothing of the optimisation
-    # differs: the paper trains on all 5,011 images and does not say which stop the training
+    # differs: the paper trains on all 5,011 images and does not say which decide when to stop
     add("--held-out", type=number(0, 0.5), default=0.1, help="share, to stop by, or 0")
     add("--epochs", type=number(1e-3, 1e6), default=30, help="with the trunk fixed")
     add("--finetune-epochs", type=number(1e-3, 1e6), default=30, help="of everything")
@@ -493,7 +489,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def main(args: Namespace) -> None:
     """Every encoder and stage: a result line each, and a table."""
-    sources = vars(args).pop("sources")
+    sources = vars(args).pop("sources")  # no flag, and not to be logged
     device = data.start_process(args)
     if args.detect:
         return detect_one(args)

@@ -21,7 +21,6 @@ import copy
 import math
 import random
 import statistics
-import time
 from argparse import Namespace
 from dataclasses import dataclass
 from operator import itemgetter
@@ -36,8 +35,8 @@ from torchvision.transforms import v2
 
 import data
 from data import COUNT, RATE, SHARE, learning_rate, number
-from resnet import (ARCHITECTURES, ENCODER_HELP, STEMS, Bottleneck, Encoder, Source,
-                    find_encoders, save_encoder)
+from resnet import (ARCHITECTURES, ENCODER_HELP, STEMS, Encoder, Source, find_encoders,
+                    residual_stack, save_encoder)
 
 # ---- Classifiers h_psi: latents [B, D, G, G] -> logits [B, classes] ------------------------------
 
@@ -79,8 +78,7 @@ def resnet_head(in_channels: int, classes: int, dropout: float = 0.0) -> nn.Sequ
     # ours: the head of a small encoder is as wide as the encoder; batch norm and drop-out, as in
     # the supervised ResNets; no stride on a 6x6 grid
     channels = 4096 if in_channels >= 1024 else in_channels
-    blocks = [Bottleneck(channels if n else in_channels, channels, channels // 4, 1, "batch")
-              for n in range(11)]
+    blocks = residual_stack(11, in_channels, channels, channels // 4, 1, "batch")
     return nn.Sequential(*blocks, nn.BatchNorm2d(channels), nn.ReLU(),
                          PooledLinear(channels, classes, dropout))
 
@@ -352,7 +350,8 @@ def choose_recipe(task: Task, recipe: dict, trials: int, run: data.Run) -> dict:
 def classify(task: Task, recipe: dict, run: data.Run) -> None:
     """The stages of a task (Sec. 2.2), one from the other's solution, each tested. What the
     run has done already is not trained again."""
-    args, row, model = task.args, task.row, build_classifier(task, recipe["dropout"])
+    args, row = task.args, task.row
+    model = build_classifier(task, recipe["dropout"])
     if row.supervised:
         stages = ["scratch"]
     else:  # "keep the feature extractor f_theta fixed": psi* on the latents of theta*
@@ -373,7 +372,6 @@ def classify(task: Task, recipe: dict, run: data.Run) -> None:
             if key in run.solution:
                 model.head.load_state_dict(run.solution[key])
             continue
-        began = time.time()
         weights = copy.deepcopy(model.encoder.state_dict()) if model.frozen else None
         held_top1 = fit(task, model, recipe, stage, key, run, held_top1)
         if model.frozen:
@@ -383,8 +381,7 @@ def classify(task: Task, recipe: dict, run: data.Run) -> None:
         result = dict(
             encoder=row.name, arch=row.arch, stage=stage, head=args.head, labels=task.fraction,
             labelled_images=len(task.train), held_out_images=len(task.held_out), seed=task.seed,
-            held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe,
-            seconds=round(time.time() - began, 1))  # since the last start
+            held_out_top1=held_top1, top1=top1, top5=top5, recipe=recipe)
         if run.is_main and row.supervised:
             save_trunk(task, model.encoder, run)
         run.finish(key, "result", result, None if stage == stages[-1] else model.head.state_dict())
@@ -447,7 +444,7 @@ RECIPES = {
     # paper: A.3, Adam at 5e-4; ours: the epochs, which are not stated, and all below
     ("paper", "linear"): dict(epochs=30, min_steps=0, lr=5e-4, weight_decay=0.0, held_out=0.0),
     ("paper", "head"): {},
-    # an encoder of less than 1024 channels, about a million parameters
+    # an encoder of fewer than 1024 channels, about a million parameters
     ("small", "linear"): dict(epochs=10, batch_size=64, lr=5e-3),
     # Fine-tuning, four times as long as the first stage: accuracy falls at first, and with 10 % of
     # the labels ends 5 points above that of a fine-tuning as long as the first (held-out photos).
@@ -486,7 +483,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     # The recipe (others: RECIPES), ours; A.4 has the learning rate, for the supervised rows
     add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images "
         "(default: 50; linear probe: 30); supervised rows take 2.5 times as many, or CPC's two "
-        "stages together if these are longer; so too of --min-steps")
+        "stages together if these are longer; the same holds for --min-steps")
     add("--finetune-epochs", type=number(1e-3, 1e6), default=50, help="of fine-tuning")
     add("--min-steps", type=number(0, 1e9), default=10_000, help="train so many at least (linear "
         "probe: 0)")
@@ -537,7 +534,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     args.head, args.encoder = head, names
     args.labels = sorted(set(args.labels or [1.0]))
-    args.supervised = [baseline] if args.supervised == [] else args.supervised or []
+    if args.supervised == []:  # the flag by itself
+        args.supervised = [baseline]
+    args.supervised = args.supervised or []
     args.rows = find_rows(args, sources, metadata, early.crop)
     for row in args.rows:  # do the patches tile the crop?
         data.grid_side(row.metadata["crop"], row.metadata["patch"], row.metadata["stride"])
@@ -577,7 +576,7 @@ def main(args: Namespace) -> None:
     if args.held_out and not columns[args.seed][0][2]:
         raise SystemExit(f"--held-out {args.held_out} of {len(train_set)} images in {classes} "
                          f"classes is none: raise it, or pass 0 for a fixed schedule")
-    rows = vars(args).pop("rows")
+    rows = vars(args).pop("rows")  # no flag, and not to be logged
     run = data.Run(args, data.names_of(train_set), processes=dist.get_world_size(),
                    encoders=list(map(data.fingerprint, args.encoder)),
                    labelled=data.fingerprint(args.subset or ""))

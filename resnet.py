@@ -132,6 +132,14 @@ class Bottleneck(nn.Module):
         return h + shortcut
 
 
+def residual_stack(blocks: int, in_channels: int, out_channels: int, width: int, stride: int,
+                   norm: str) -> nn.Sequential:
+    """Bottlenecks, of which the first carries the stride and the change of channels."""
+    first = Bottleneck(in_channels, out_channels, width, stride, norm)
+    others = [Bottleneck(out_channels, out_channels, width, 1, norm) for _ in range(blocks - 1)]
+    return nn.Sequential(first, *others)
+
+
 class Encoder(nn.Module):
     """f_theta: one vector per patch (`forward`), or a feature map per image (`features`).
 
@@ -148,18 +156,15 @@ class Encoder(nn.Module):
         if checkpointing is None:
             checkpointing = self.out_channels == 4096
         self.checkpointing = checkpointing
-        side, stride, pool = STEMS[self.stem]
-        self.stride = stride * pool * 2 ** (len(blocks) - 1)
-        self.conv1 = nn.Conv2d(3, widths[0], side, stride, side // 2, bias=norm == "none")
+        side, stem_stride, pool = STEMS[self.stem]
+        self.stride = stem_stride * pool * 2 ** (len(blocks) - 1)
+        self.conv1 = nn.Conv2d(3, widths[0], side, stem_stride, side // 2, bias=norm == "none")
         self.pool = nn.MaxPool2d(3, pool, padding=1) if pool > 1 else nn.Identity()
         self.blocks = nn.ModuleList()
-        c = widths[0]
-        for stack, (n, d, width) in enumerate(zip(blocks, channels, widths)):
-            for block in range(n):
-                stride = 2 if stack > 0 and block == 0 else 1
-                self.blocks.append(Bottleneck(c, d, width, stride, norm))
-                c = d
-        self.final_norm = NORMS[norm](c)  # pre-activation blocks end without one
+        in_channels = (widths[0], *channels)
+        for n, sizes in enumerate(zip(blocks, in_channels, channels, widths)):
+            self.blocks.extend(residual_stack(*sizes, stride=2 if n else 1, norm=norm))
+        self.final_norm = NORMS[norm](channels[-1])  # pre-activation blocks end without one
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
