@@ -485,12 +485,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "(default: 50; linear probe: 30); supervised rows take 2.5 times as many, or CPC's two "
         "stages together if these are longer; the same holds for --min-steps")
     add("--finetune-epochs", type=number(1e-3, 1e6), default=50, help="of fine-tuning")
-    add("--min-steps", type=number(0, 1e9), default=10_000, help="train so many at least (linear "
-        "probe: 0)")
+    add("--min-steps", type=number(0, 1e9), default=10_000, help="train so many at least "
+        "(default: 10000; linear probe: 0)")
     add("--batch-size", type=COUNT, default=512, help="of all processes")
-    add("--lr", type=RATE, default=0.1, help="peak learning rate of SGD (linear probe: 5e-4, Adam)")
+    add("--lr", type=RATE, default=0.1, help="peak learning rate of SGD (default: 0.1; linear "
+        "probe: 5e-4, Adam)")
     add("--finetune-lr", type=RATE, default=1e-4, help="of AdamW")
-    add("--weight-decay", type=SHARE, default=1e-4, help="of all weights (linear probe: 0)")
+    add("--weight-decay", type=SHARE, default=1e-4, help="of all weights (default: "
+        "1e-4; linear probe: 0)")
     add("--dropout", type=number(0, 0.99), default=0.2, help="before the last layer")
     # Sec. 2.2, A.4: Inception preprocessing and color-dropping. With an encoder, crop and area are
     # its own, for a linear probe colour dropping too.
