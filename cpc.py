@@ -373,7 +373,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lengths", type=COUNT, nargs="+", default=[2, 3], metavar="K", help="rows ahead")  # paper
     add("--color-drop", type=SHARE, default=0.5, help="probability for a patch")  # ours: not stated
     add("--flip", type=SHARE, default=0.0, help="probability for a patch")  # paper: no gain in v2
-    # paper: v1's, which v2 furthers by what it does to colours
+    # paper: in v1; ours: kept in v2
     add("--jitter", action=BooleanOptionalAction, default=True, help="shift patches")
     # A.3: the geometry, a 6x6 grid; A.2's example has 7x7, which is v1's 256/64/32
     add("--crop", type=COUNT, default=240, help="side of the image, pixels")  # paper

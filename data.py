@@ -75,10 +75,11 @@ def jitter_indices(patch: int, numbers: Tensor) -> Tensor:
     """For each row (or column) of a patch the row that it is copied from: int64 [..., P]. numbers:
     uniform in 0..1, [...].
 
-    paper: Sec. 4.1, of v1, whose logic v2 furthers: "spatially jitters individual patches"; there a
-    random 60x60 subcrop of a 64x64 patch, padded back. ours: the same proportion for other patches
-    (80 -> 75, 8 -> 7). differs: the border is repeated: a border of zeros, which patches at test
-    time do not have, cost a linear probe on CIFAR-10 25 points of top-1 in an early trial."""
+    paper: Sec. 4.1, v1 "spatially jitters individual patches", and v2 furthers its logic. v1's own
+    paper has a random 60x60 subcrop of a 64x64 patch, padded back. ours: the same proportion for
+    other patches (80 -> 75, 8 -> 7), and the border is repeated: a border of zeros, which patches
+    at test time do not have, cost a linear probe on CIFAR-10 25 points of top-1 in an early
+    trial."""
     side = max(1, patch * 60 // 64)
     shift = ((patch - side + 1) * numbers).long()
     inside = torch.arange(patch, device=shift.device) - (patch - side) // 2
@@ -584,7 +585,9 @@ class Run:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._on_signal)
         here = Path(__file__).parent
-        commit = subprocess.getoutput(f"git -C '{here}' rev-parse HEAD 2>/dev/null")
+        # ends in "-dirty" if a file was changed since
+        commit = subprocess.getoutput(
+            f"git -C '{here}' describe --always --abbrev=40 --exclude '*' --dirty 2>/dev/null")
         versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                         torchvision=torchvision.__version__, commit=commit)
         self.log("start", **vars(args), **facts, **versions, world_size=dist.get_world_size(),

@@ -484,7 +484,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images "
         "(default: 50; linear probe: 30); supervised rows take 2.5 times as many, or CPC's two "
         "stages together if these are longer; the same holds for --min-steps")
-    add("--finetune-epochs", type=number(1e-3, 1e6), default=50, help="of fine-tuning")
+    add("--finetune-epochs", type=number(1e-3, 1e6), default=50, help="of fine-tuning; "
+        "--min-steps is scaled with it, by its ratio to --epochs")
     add("--min-steps", type=number(0, 1e9), default=10_000, help="train so many at least "
         "(default: 10000; linear probe: 0)")
     add("--batch-size", type=COUNT, default=512, help="of all processes")

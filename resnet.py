@@ -145,7 +145,8 @@ class Encoder(nn.Module):
 
     arch, norm, stem: keys of ARCHITECTURES, NORMS, STEMS (with three stacks a total stride of 16, 8
     or 4), None for the architecture's own stem; checkpointing: recompute each block in the backward
-    pass, keep no activations inside it (None: only at 4096 channels)."""
+    pass, keep no activations inside it (None: only at 4096 channels). Batch norm's running
+    statistics then take two steps instead of one: both passes count."""
 
     def __init__(self, arch: str = "resnet161", norm: str = "layer", stem: str | None = None,
                  checkpointing: bool | None = None):
