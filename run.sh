@@ -74,9 +74,9 @@ results() {
     for s in 0 1 2; do
         add python eval.py --encoder runs/photos/encoder.pt --labels 0.01 --finetune-epochs 5 \
             --crop 128 --seed $s --out runs/photos-labels-1-$s
-        add python eval.py --encoder runs/photos/encoder.pt --labels 0.05 0.1 --crop 128 --seed $s \
-            --out runs/photos-labels-$s
-        add python eval.py --head none --supervised medium --labels 0.01 0.05 0.1 --seed $s \
+        add python eval.py --encoder runs/photos/encoder.pt --labels 0.02 0.05 0.1 --crop 128 \
+            --seed $s --out runs/photos-labels-$s
+        add python eval.py --head none --supervised medium --labels 0.01 0.02 0.05 0.1 --seed $s \
             $pixels --data $data/photos --out runs/photos-pixels-$s
         add python eval.py --head none --supervised medium --labels 0.01 0.1 --seed $s \
             ${pixels/1800/900} --data $data/photos --out runs/short-pixels-$s
@@ -87,7 +87,7 @@ results() {
         add python eval.py --head none --supervised medium --labels 0.01 --seed $s \
             ${pixels/0.05/0} --data $data/photos --out runs/only-pixels-$s
     done
-    add python eval.py --encoder runs/photos/encoder.pt --labels 0.02 0.2 0.5 1 --crop 128 \
+    add python eval.py --encoder runs/photos/encoder.pt --labels 0.2 0.5 1 --crop 128 \
         --out runs/photos-labels-more
     add python eval.py --head none --supervised medium --labels 0.05 --sweep 4 \
         ${pixels/1800/900} --data $data/photos --out runs/short-pixels-5
