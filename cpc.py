@@ -196,8 +196,8 @@ def train(args: Namespace, device: torch.device, dataset, model: CPC, optimizer)
     stop = args.epochs * steps_per_epoch
     G = data.grid_side(args.crop, args.patch, args.stride)
     chance = math.log(args.batch_size * G**2)  # the loss of guessing among all patches of a batch
-    # A continued run must keep their number with batch norm alone (Sec. 4.1's comparison): each
-    # process has statistics of its own.
+    # A continued run may change the number of processes, but not with batch norm (Sec. 4.1's
+    # comparison), whose statistics each process takes by itself.
     processes = dist.get_world_size() if args.norm == "batch" else "any"
     run = data.Run(args, data.names_of(dataset), processes=processes)
     parts = {"model": model, "optimizer": optimizer}
@@ -307,7 +307,7 @@ def benchmark(args: Namespace, device: torch.device, dataset, model: CPC, optimi
     model.train()
     batches = data.train_batches(len(dataset), args.batch_size, args.seed, 0, N + 2)
     transform = data.image_transform(args.image_aug, args.crop, args.min_area)
-    begin = time.perf_counter()  # the start of the workers included: what they prefetch costs
+    begin = time.perf_counter()  # before the workers start: what they prefetch would look free
     for images, _ in data.load_batches(dataset, transform, batches, args.workers, skip=True):
         pass  # keeps the last
     loading = (time.perf_counter() - begin) / (N + 2)
@@ -379,8 +379,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--crop", type=COUNT, default=240, help="side of the image, pixels")  # paper
     add("--patch", type=COUNT, default=80, help="side of a patch, pixels")  # paper
     add("--stride", type=COUNT, default=32, help="from patch to patch, pixels")  # paper
+    # A.3 names it for the probe, which Sec. 2.2 gives pre-training's augmentation
     add("--image-aug", choices=("inception", "v1"), default="inception", help="of the whole image")
-    add("--min-area", type=number(1e-3, 1), default=0.08, help="of an inception crop")  # Szegedy
+    # ours: Szegedy et al. 2014's
+    add("--min-area", type=number(1e-3, 1), default=0.08, help="of an inception crop")
     # A.2: the objective
     add("--hidden", type=COUNT, default=256, help="channels inside the context network")  # paper
     add("--target-dim", type=COUNT, default=64, help="channels of targets and predictions")  # paper

@@ -107,8 +107,8 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
     # a ResNet's conv5, on regions resized to 14x14
     channels, region_side = (D, 6) if tiny else (2048, 14)
     # paper: Sec. 2.2, "scale-augmentation (Doersch et al., 2015)", who draw 150 to 450 thousand
-    # pixels: of a 4:3 image with a short side of 480, 154 to 461. torchvision's detector draws one
-    # of these short sides in training and takes the last at test time.
+    # pixels: of a 4:3 image with a short side of 480, 154 to 461. ours: in ten steps; torchvision's
+    # detector draws one of these short sides in training and takes the last at test time.
     areas = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.0)
     sides = [round(side * math.sqrt(area)) for area in areas]
     return FasterRCNN(

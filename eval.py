@@ -275,7 +275,7 @@ def make_optimizer(model: Classifier, stage: str, recipe: dict) -> torch.optim.O
 
 def average_buffers(module: nn.Module) -> None:
     """Batch norm's running statistics after a step: the mean over processes, so that all test with
-    the same ones. (Before each step DDP hands on those of the first.)"""
+    the same ones. (Before each step DDP broadcasts those of rank 0.)"""
     for buffer in module.buffers():
         if buffer.is_floating_point():
             dist.all_reduce(buffer.div_(dist.get_world_size()))
@@ -476,11 +476,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--supervised", nargs="*", metavar="ARCH", help="from pixels (A.4): ARCH[:STEM] (default: "
         "resnet152, or a small encoder's); from patches (Sec. 4.1): patched, patched-none")
     add("--held-out", type=number(0, 0.5), default=0.02, help="share of the training images to "
-        "select by (default: 0.02; linear probe: 0)")
+        "select by (default: 0.02; linear probe: 0)")  # ours
     add("--sweep", type=number(0, 1e6, int), default=0, metavar="N", help="recipes tried for each "
         "row and share, by held-out images")  # paper: A.4
     add("--seeds", type=COUNT, default=1, help="runs, each with its own labels, unless --subset")
-    # The recipe (others: RECIPES), ours; A.4 has the learning rate, for the supervised rows
+    # The recipe (others: RECIPES), ours; A.3 has the probe's batch, A.4 the supervised rows' rate
     add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images "
         "(default: 50; linear probe: 30); supervised rows take 2.5 times as many, or CPC's two "
         "stages together if these are longer; the same holds for --min-steps")

@@ -168,7 +168,7 @@ class Encoder(nn.Module):
         self.final_norm = NORMS[norm](channels[-1])  # pre-activation blocks end without one
 
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d):  # ours: as torchvision's ResNets
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -275,11 +275,13 @@ class TorchvisionResNet(nn.Module):
     def __init__(self, name: str, weights: str | None = None, stacks: int = 4):
         super().__init__()
         model = models.get_model(name, weights=None)
-        if weights:
-            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self.layers = nn.Sequential(*list(model.children())[:4 + stacks])  # after the stem's four
         self.stride = 2 ** (1 + stacks)
         self.out_channels = model.fc.in_features // 2 ** (4 - stacks)
+        model.fc = nn.Identity()  # other methods' files have none, or one of other classes
+        if weights:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            model.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+        self.layers = nn.Sequential(*list(model.children())[:4 + stacks])  # after the stem's four
 
     def features(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, D, H / stride, W / stride] (rounded up)."""

@@ -252,6 +252,10 @@ def test_torchvision_resnets_are_encoders_too(stacks, channels, side, tmp_path):
     assert ours.stride == 64 // side
     if stacks == 4:  # its own pooled features and classifier
         assert torch.allclose(model.eval()(x), model.fc(grid.mean((2, 3))), atol=1e-4)
+    model.fc = nn.Identity()  # so other self-supervised methods save a backbone
+    torch.save(model.state_dict(), weights)
+    backbone = resnet.TorchvisionResNet("resnet18", str(weights), stacks).eval()
+    assert torch.equal(backbone.features(x), grid)
 
 
 # ---- Patches and data ----------------------------------------------------------------------------
@@ -1278,6 +1282,17 @@ def test_colors_and_scale_are_drawn_independently(tmp_path):
     assert len(model.drawn) == 100 and 30 < sum(model.drawn) < 70
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files in /proc")
+def test_images_from_workers_keep_no_files_open():
+    """Images of many sizes come unstacked; Linux lets a process have 1,024 files open."""
+    objects = detect.load_objects("shapes", "train", 32)
+    batches = data.test_batches(40, 4)
+    transform = detect.objects_transform(train=True)
+    before = len(os.listdir("/proc/self/fd"))
+    items = list(data.load_batches(objects, transform, batches, workers=1, collate=list))
+    assert len(items) == 10 and len(os.listdir("/proc/self/fd")) < before + 10
+
+
 # ---- A run's folder ------------------------------------------------------------------------------
 
 
@@ -1369,6 +1384,23 @@ def test_a_signal_during_the_last_save_is_not_forgotten(tmp_path):
     with pytest.raises(SystemExit) as end:
         steps_of(run, [1, 2, 3, 4])
     assert end.value.code == 143 and make_run(tmp_path).resume("train") == 4
+
+
+def test_a_signal_ends_a_step_that_never_ends(tmp_path):
+    """When it is repeated later; torchrun's own repeat, at once, still lets the run save."""
+    run = make_run(tmp_path)
+
+    def hang(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        run.caught_at -= 6  # seconds go by
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the step went on")
+
+    with pytest.raises(SystemExit) as end:
+        steps_of(run, [1, 2, 3, 4], after=hang)
+    assert end.value.code == 143 and run.signal == signal.SIGINT
+    assert make_run(tmp_path).resume("train") == 0
 
 
 def test_what_is_not_finite_is_never_saved(tmp_path):
