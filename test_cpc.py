@@ -2034,16 +2034,17 @@ def test_the_results_are_what_runs_wrote():
     """Each figure of the README's table is a mean ± deviation of lines in assets/results.jsonl."""
     lines = [json.loads(line) for line in (HERE / "assets/results.jsonl").read_text().splitlines()]
     results = [line for line in lines if line["event"] == "result"]
-    pattern = r"^\| (shapes|photos), ([\d.]+) % \([\d,]+\) \| (\d+) \| (.*) \|$"
+    pattern = r"^\| ([\d.]+) % \([\d,]+\) \| (.*) \|$"
     rows = re.findall(pattern, (HERE / "README.md").read_text(), re.MULTILINE)
     assert len(rows) >= 4
-    for name, share, seeds, cells in rows:
-        for stage, cell in zip(("scratch", "frozen", "finetuned"), cells.split(" | "), strict=True):
+    columns = (("photos", "scratch"), ("longer-pixels", "scratch"), ("photos", "frozen"),
+               ("photos", "finetuned"))
+    for share, cells in rows:
+        for (name, stage), cell in zip(columns, cells.split(" | "), strict=True):
             tops = [r["top1"] for r in results if r["run"].startswith(name) and r["stage"] == stage
                     and r["head"] != "linear" and r["labels"] == float(share) / 100]
-            assert len(tops) == int(seeds), (name, share, stage)
             spread = f" ± {statistics.stdev(tops):.1f}" if len(tops) > 1 else ""
-            expected = f"{statistics.mean(tops):.1f}{spread}"
+            expected = f"{statistics.mean(tops):.1f}{spread}" if tops else "not run"
             assert cell.strip("*") == expected, (name, share, stage)
 
 
