@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zipfile
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -2058,6 +2059,7 @@ def test_the_shipped_encoder_loads():
     assert latents.shape == (2, 512, 5, 5) and latents.isfinite().all()
 
 
+    assert zipfile.ZipFile(path).testzip() is None  # its checksums are right
 def test_the_readme_names_what_there_is():
     text = (HERE / "README.md").read_text()
     names = re.findall(r"`(data|resnet|cpc|eval|detect)\.([\w.]+)", text)
