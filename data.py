@@ -493,8 +493,6 @@ def start_process(args: argparse.Namespace) -> torch.device:
     """Join torchrun's process group, or make a world of one; this rank's device. Decides on
     args.bf16 where it is None. A batch that does not divide ends in a one-line message."""
     atexit.register(end_workers)
-    # else each tensor of a list that a worker sends (detect.py's images) keeps a file open
-    torch.multiprocessing.set_sharing_strategy("file_system")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"

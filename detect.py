@@ -494,6 +494,8 @@ def main(args: Namespace) -> None:
     if args.detect:
         return detect_one(args)
     torch.backends.cudnn.benchmark = False  # images and batches differ in size
+    # Else each tensor in the lists that workers send keeps a file open, and Linux allows 1,024.
+    torch.multiprocessing.set_sharing_strategy("file_system")
     whole, test_set = (load_objects(args.data, split, args.side) for split in ("train", "test"))
     chosen, held = data.label_subset([0] * len(whole), 1.0, args.seed, args.held_out)
     if args.held_out and not held:

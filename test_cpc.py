@@ -1286,6 +1286,9 @@ def test_colors_and_scale_are_drawn_independently(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="counts open files in /proc")
 def test_images_from_workers_keep_no_files_open():
     """Images of many sizes come unstacked; Linux lets a process have 1,024 files open."""
+    usual = torch.multiprocessing.get_sharing_strategy()
+    request.addfinalizer(partial(torch.multiprocessing.set_sharing_strategy, usual))
+    torch.multiprocessing.set_sharing_strategy("file_system")  # as detect.main does
     objects = detect.load_objects("shapes", "train", 32)
     batches = data.test_batches(40, 4)
     transform = detect.objects_transform(train=True)
@@ -1846,6 +1849,7 @@ def test_a_continued_detection_is_exact_and_repeats_nothing(commands, trained, v
     detect.main(detect.parse_args(
         ["--encoder", str(trained / "encoder.pt"), "random", "--data", str(voc), *DETECT,
          "--out", str(again)]))
+    assert torch.multiprocessing.get_sharing_strategy() == "file_system"
     assert len(events(again, "start")) == 2
     for event, names in (("result", ("encoder", "stage", "held_out_map", "mAP", "ap")),
                          ("train", ("fit", "step", "loss"))):
