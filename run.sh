@@ -14,24 +14,25 @@ cd "$(dirname "$0")"
 venv=${VENV:-.venv}
 
 environment() {
-    [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-    "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    # a python without pip is half an environment, as Debian makes it without its python3-venv
+    "$venv/bin/python" -c 'import pip' 2>/dev/null || python3 -m venv "$venv"
+    PATH="$venv/bin:$PATH"
+    python -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { echo "run.sh: $venv has no Python 3.10 or newer: remove it, install one" >&2; exit 1; }
     # one pip call, and only when something is missing or old: a second run starts at once
     there='import pytest, torchvision, tqdm, torch; assert torch.__version__ >= (2, 9)'
-    "$venv/bin/python" -c "$there" 2>/dev/null ||
-        "$venv/bin/python" -m pip install --quiet -r requirements.txt
+    python -c "$there" 2>/dev/null || python -m pip install --quiet -r requirements.txt
 }
 
 # How a script is started here. Without a GPU: several processes of one thread each, which wait for
 # each other once a step; the threads of one process would wait for each other in every operation.
 launcher() {
-    if "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-        echo "$venv/bin/python"
+    if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        echo python
     else
         cores=$(getconf _NPROCESSORS_ONLN)
         processes=$((cores >= 4 ? 4 : cores >= 2 ? 2 : 1))
-        echo "env OMP_NUM_THREADS=1 $venv/bin/torchrun --standalone --nproc_per_node=$processes"
+        echo "env OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=$processes"
     fi
 }
 
@@ -57,7 +58,7 @@ add() {  # a line of what `commands` prints and runs
 
 commands() {  # print the lines and, with a folder of data, run them one by one
     printf '%s' "$lines"
-    [ "$data" = DATA ] || { environment; PATH="$venv/bin:$PATH" bash -euc "$lines"; }
+    [ "$data" = DATA ] || { environment; bash -euc "$lines"; }
 }
 
 results() {
@@ -171,7 +172,7 @@ paper() {
 
 case ${1:-tiny} in
     tiny) environment; tiny ;;
-    test) environment; exec "$venv/bin/python" -m pytest -q test_cpc.py "${@:2}" ;;
+    test) environment; exec python -m pytest -q test_cpc.py "${@:2}" ;;
     results) results "${2:-DATA}" ;;
     paper) paper "${2:-DATA}" ;;
     *) echo "run.sh: $1 is none of: (nothing), test, results [DATA], paper [DATA]" >&2; exit 2 ;;
