@@ -134,8 +134,9 @@ def find_rows(args: Namespace, sources: list[Source], metadata: dict | None,
             rows.append(Source(name, arch, Encoder, arguments,
                                metadata=metadata | {"trained": {}}, supervised=True))
         else:
-            raise SystemExit(f"--supervised {name} is none of {', '.join(ARCHITECTURES)}, nor, "
-                             f"beside an encoder.pt in --encoder, patched, patched-none")
+            raise SystemExit(f"--supervised {name} is no ARCH[:STEM] of {', '.join(ARCHITECTURES)} "
+                             f"and {', '.join(STEMS)}, nor, beside an encoder.pt in --encoder, "
+                             f"patched, patched-none")
     return rows
 
 

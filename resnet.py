@@ -324,6 +324,8 @@ def find_encoders(names: list[str], stacks: int = 4) -> tuple[list[Source], dict
             _, model, *weights = name.split(":", 2)
             if model not in models.list_models(models, include="resnet*"):
                 raise SystemExit(f"--encoder {name}: torchvision has no such ResNet")
+            if weights and not os.path.isfile(weights[0]):
+                raise SystemExit(f"--encoder {name}: there is no file {weights[0]}")
             arguments = model, None, stacks
             trained = TorchvisionResNet(model, weights[0], stacks).state_dict() if weights else None
             sources.append(Source("torchvision", model, TorchvisionResNet, arguments, trained))
