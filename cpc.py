@@ -76,7 +76,7 @@ def info_nce(predictions: Tensor, targets: Tensor, k: int,
     """
     B, K, G, _ = predictions.shape
     candidates = targets.permute(0, 2, 3, 1).reshape(-1, K).float()  # [N*G*G, K]
-    # rows 0 .. G-k-1 have a target k rows below; G-k is A.2's col_dim_i, with k = i + 1
+    # Rows 0 .. G-k-1 have a target k rows below. A.2's loop counts k - 1: its col_dim_i is G-k.
     queries = predictions[:, :, :-k].permute(0, 2, 3, 1).reshape(-1, K).float()  # [B*(G-k)*G, K]
     # differs: A.2's `col` lacks % (col_dim_i * row_dim): as printed, only a batch's first image has
     # right labels
@@ -108,15 +108,15 @@ class Direction(nn.Module):
 
 
 class GatherBatch(torch.autograd.Function):
-    """The rows of all processes, rank by rank: [B, ...] -> [B * world, ...]. A row's gradient is
-    the sum of what every process asks of it. (torch's own is deprecated since 2.14.)"""
+    """The whole batch from each process's share, rank by rank: [B, ...] -> [N, ...]. An image's
+    gradient is the sum of what every process asks of it. (torch's own is deprecated since 2.14.)"""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         x = x.contiguous()
-        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x)
-        return torch.cat(rows)
+        shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(shares, x)
+        return torch.cat(shares)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -133,9 +133,9 @@ class CPC(nn.Module):
     "distant patches might lie on distinct objects".
     """
 
-    # For each direction, the quarter turns of the grid after which it predicts downwards. Sec. 2.1
-    # does so ("patches below ... from those above"), and Fig. 3 adds "bottum up" predictions to
-    # v1's; Sec. 4.1's "context from ... beneath" in v1 is at odds with both.
+    # For each direction, the quarter turns of the grid that make it downwards. One direction is
+    # downwards itself, as in Sec. 2.1 ("patches below ... from those above") and in Fig. 3, which
+    # adds "bottum up" to v1. Sec. 4.1 says the opposite of v1: "context from ... beneath".
     TURNS = {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}
 
     def __init__(self, encoder: Encoder, directions: int = 4, lengths: tuple[int, ...] = (2, 3),
@@ -160,8 +160,8 @@ class CPC(nn.Module):
         for turn, direction in zip(self.turns, self.directions):
             turned = latents.rot90(turn, (2, 3)).contiguous(memory_format=torch.channels_last)
             targets, predictions = direction(turned)
-            # ours: all processes share the whole batch's negatives, a few MB of each; the paper's
-            # "minibatch" may be that of a worker
+            # ours: the negatives are those of all processes, some 20 MB a step by the defaults, and
+            # their gradients as many; the paper's "minibatch" may be that of a worker
             targets = GatherBatch.apply(targets.float())  # [N, K, G, G]
             for k, prediction in predictions.items():
                 loss, accuracy = info_nce(prediction, targets, k, first_image)
@@ -185,7 +185,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
     """Polyak averaging after step `step`, counted from 0. ours: the decay grows with the steps: a
     constant 0.9999 would leave 55 % of the random start in the average after 6,000 of them."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for mine, new in zip(average.parameters(), model.parameters()):
+        mine.lerp_(new, 1 - decay)
     for mine, new in zip(average.buffers(), model.buffers()):  # batch norm's statistics
         mine.copy_(new)
 
@@ -351,8 +352,8 @@ PRESETS = {
     "v1": dict(arch="resnet92", norm="none", directions=1, lengths=[2, 3, 4, 5], color_drop=0.0,
                image_aug="v1", crop=256, patch=64, stride=32, lr=2e-4, clip=0.0, average=0.0),
 }
-# ours: all of it at a scale that two CPU cores train in minutes. An emb_scale of 0.1 is made for
-# hundreds of thousands of steps: in early trials it left a thousand of them at chance.
+# ours: all of it at a scale that two CPU cores train in minutes. An emb_scale of 0.1 starts slowly:
+# in early trials on shapes the loss was still at chance after a thousand steps.
 TINY = dict(data="shapes", arch="tiny", crop=32, patch=8, stride=6, min_area=0.6, hidden=32,
             target_dim=32, emb_scale=1.0, batch_size=64, epochs=8, lr=3e-3, warmup=50, clip=1.0,
             average=0.0)
@@ -379,7 +380,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--crop", type=COUNT, default=240, help="side of the image, pixels")  # paper
     add("--patch", type=COUNT, default=80, help="side of a patch, pixels")  # paper
     add("--stride", type=COUNT, default=32, help="from patch to patch, pixels")  # paper
-    # A.3 names it for the probe, which Sec. 2.2 gives pre-training's augmentation
+    # paper, in two steps: A.3 gives the probe Inception's, Sec. 2.2 gives it pre-training's
     add("--image-aug", choices=("inception", "v1"), default="inception", help="of the whole image")
     # ours: Szegedy et al. 2014's
     add("--min-area", type=number(1e-3, 1), default=0.08, help="of an inception crop")

@@ -174,7 +174,7 @@ def image_transform(kind: str, crop: int, min_area: float = 0.08, distort: bool 
         # 1.3 times, training crops (min_area 0.08) do so 1.7 times on average. Testing on the whole
         # image cost 10 points on CIFAR-10 in an early trial.
         steps = [v2.Resize(round(crop / 0.875)), v2.CenterCrop(crop)]
-    if distort:  # ours: Inception's published ranges; it adds to the brightness, here a factor
+    if distort:  # ours: Inception's published ranges, but brightness is multiplied, not added to
         steps.append(v2.ColorJitter(brightness=32 / 255, contrast=0.5, saturation=0.5, hue=0.2))
     if grey or kind == "v1":
         steps.append(v2.Grayscale(3))
@@ -355,8 +355,8 @@ def names_of(dataset: Dataset) -> list[str]:
 def label_subset(targets: list[int], fraction: float, seed: int,
                  held_out: float = 0.0) -> tuple[list[int], list[int]]:
     """The images whose labels are used (Sec. 2.2: 1 % to 100 %), and held-out ones to select on
-    (A.4: "a separate validation set"): two sorted lists of indices. ours: the share of each class,
-    on ImageNet 7 to 13 images at 1 %; the abstract has 13.
+    (A.4: "a separate validation set"): two sorted lists of indices. differs: the share of each
+    class, on ImageNet 7 to 13 images at 1 %; the abstract has "13 per class".
 
     The seed fixes an order of each class's images. The subset is its first `fraction` (rounded, at
     least one image), so that the 1 % lies inside the 2 %; held out is its last `held_out`, the same
@@ -484,7 +484,7 @@ def load_batches(dataset: Dataset, transform: v2.Transform, batches: Iterator,
 
 
 def leave_group() -> None:
-    """Once, at a script's end or after an error."""
+    """Close the process group: at a script's end or, without a GPU, at exit after an error."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -595,7 +595,8 @@ class Run:
                  time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
     def _open(self) -> str | None:
-        """Lock the folder and, if it is new, write a first checkpoint; or why that cannot be."""
+        """Lock the folder and, if it is new, write a first checkpoint. Returns a message if that
+        cannot be."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.folder / "log.jsonl", "a")
@@ -735,8 +736,9 @@ class Run:
     def _on_signal(self, signum: int, frame) -> None:
         if not self.signal:
             self.signal, self.caught_at = signum, time.monotonic()
-        # Outside a training what was not saved is done again. In one `steps` will see the signal,
-        # unless the step never ends: then a later repeat (torchrun sends its own at once) counts.
+        # Outside a training this leaves at once: what was not saved is done again. During one,
+        # `steps` sees the signal at the end of the step. If that never ends, a second signal
+        # counts, but not within 5 seconds: torchrun repeats the first one at once.
         if not self.key or time.monotonic() - self.caught_at > 5:
             self._leave(signum)
 

@@ -96,7 +96,7 @@ def build_detector(encoder: nn.Module, classes: int, side: int, tiny: bool = Fal
     classes: without the background; side: shorter side of test images, pixels; proposals: from the
     region proposal network at test time; regions: trained on, of an image."""
     D = encoder.out_channels
-    # ours: torchvision's sizes, for a side of 480, at others in proportion
+    # ours: torchvision's sizes where --side is 480, at others in proportion
     anchor_sides = tuple(round(pixels * side / 480) for pixels in (32, 64, 128, 256, 512))
     anchors = AnchorGenerator((anchor_sides,), ((0.5, 1.0, 2.0),))
     width = min(D, 512)  # Ren et al. 2015: 512; torchvision's keeps D
@@ -196,9 +196,9 @@ def objects_transform(train: bool) -> v2.Compose:
 
 def prepare(images: list[Tensor], device: torch.device, color_drop: float = 0.0,
             seed: int = 0) -> list[Tensor]:
-    """uint8 [3, H, W] each, this process's share of a batch -> what the detector takes; colours
-    dropped (Sec. 2.2; ours: over the whole image), by numbers that depend on its place in the
-    batch."""
+    """uint8 [3, H, W] each, this process's share of a batch -> what the detector takes. Colours are
+    dropped (Sec. 2.2; ours: over the whole image) by random numbers that depend on an image's place
+    in the whole batch, not on the number of processes."""
     prepared = []
     for n, image in enumerate(images):
         x = data.normalise(image.to(device, non_blocking=True))
@@ -466,9 +466,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--color-drop", type=SHARE, default=0.5, help="probability for an image")  # ours
     add("--proposals", type=number(1, 1e4, int), default=300, help="of a test image")  # Ren 2015
     add("--regions", type=number(4, 1e4, int), default=128, help="of a training image")  # ours
-    # ours: the paper states nothing of the optimisation
     # differs: the paper trains on all 5,011 images and does not say which decide when to stop
     add("--held-out", type=number(0, 0.5), default=0.1, help="share, to stop by, or 0")
+    # ours, all below: the paper states nothing of the optimisation
     add("--epochs", type=number(1e-3, 1e6), default=30, help="with the trunk fixed")
     add("--finetune-epochs", type=number(1e-3, 1e6), default=30, help="of everything")
     add("--batch-size", type=COUNT, default=16, help="images of all processes")

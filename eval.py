@@ -9,8 +9,8 @@
 Linear: the encoder frozen, batch norm and one linear layer. Efficient (`--labels`): an 11-block
 ResNet on the frozen latents, then both fine-tuned from that solution. Supervised: a network from
 pixels, with the same labels. Each result is a line of log.jsonl; a table follows. The flags'
-defaults are an 11-block head's at the paper's scale; RECIPES has the probe's, small encoders', and
---tiny's.
+defaults are for an 11-block head at the paper's scale; RECIPES has those for the linear probe, for
+small encoders and for --tiny.
 
 Results: assets/results.md; at the paper's scale not yet measured.
 
@@ -57,8 +57,8 @@ class LinearProbe(nn.Module):
 
 
 class PooledLinear(nn.Linear):
-    """Mean-pool, A.4's "DropOut layer before the final linear classification layer", linear.
-    Latents [B, D, G, G] -> logits [B, classes] in float32: many of bfloat16's would be equal, and
+    """Mean-pooling, drop-out (A.4: "before the final linear classification layer") and that layer.
+    Latents [B, D, G, G] -> logits [B, classes] in float32: in bfloat16 many would be equal, and
     top-5 arbitrary."""
 
     def __init__(self, channels: int, classes: int, dropout: float):
@@ -123,7 +123,7 @@ def find_rows(args: Namespace, sources: list[Source], metadata: dict | None,
     for name in args.supervised:
         arch, _, stem = name.partition(":")
         if arch in ARCHITECTURES and stem in ("", *STEMS):
-            # A.4: ResNet v2; ours: with batch norm, on whole images
+            # paper: A.4, ResNet v2, which has batch norm, on whole images
             arguments = arch, "batch", stem or None
             rows.append(Source("pixels", name, Encoder, arguments,
                                metadata=whole_image(args.crop), supervised=True))
@@ -141,7 +141,7 @@ def find_rows(args: Namespace, sources: list[Source], metadata: dict | None,
 
 
 def apply_flags(metadata: dict, flags: Namespace) -> None:
-    """Flags come before what an encoder's file says: they are written into its metadata."""
+    """A flag that is given replaces what the encoder's file says, in its metadata."""
     crop = flags.crop or metadata["crop"]
     if metadata["patch"] == metadata["crop"]:  # a network from pixels: the whole image
         metadata["patch"] = crop
@@ -155,7 +155,7 @@ def augmentation(row: Source, args: Namespace) -> tuple[v2.Compose, dict]:
     trained, crop = row.metadata["trained"], row.metadata["crop"]
     if args.head == "linear" and trained:
         # Sec. 2.2, linear classification: "the same data-augmentation as in the unsupervised
-        # learning phase" (ours: it distorts no colours), which encoder.pt or a flag tells
+        # learning phase". encoder.pt says which, unless a flag does. ours: no distorted colours.
         patches = {name: trained[name] for name in ("color_drop", "jitter", "flip")}
         return data.image_transform(trained["image_aug"], crop, trained["min_area"]), patches
     grey = trained.get("image_aug") == "v1"
@@ -447,8 +447,8 @@ RECIPES = {
     ("paper", "head"): {},
     # an encoder of fewer than 1024 channels, about a million parameters
     ("small", "linear"): dict(epochs=10, batch_size=64, lr=5e-3),
-    # Fine-tuning, four times as long as the first stage: accuracy falls at first, and with 10 % of
-    # the labels ends 5 points above that of a fine-tuning as long as the first (held-out photos).
+    # Fine-tuning is four times as long as the first stage. Accuracy falls at first, and with 10 %
+    # of the labels ends 5 points above that of one as long as the first stage (held-out photos).
     ("small", "head"): dict(epochs=5, min_steps=450, batch_size=32, held_out=0.05,
                             finetune_epochs=20, finetune_lr=1e-3),
     # on the embedded data set, where the whole of ./run.sh takes minutes
@@ -481,7 +481,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--sweep", type=number(0, 1e6, int), default=0, metavar="N", help="recipes tried for each "
         "row and share, by held-out images")  # paper: A.4
     add("--seeds", type=COUNT, default=1, help="runs, each with its own labels, unless --subset")
-    # The recipe (others: RECIPES), ours; A.3 has the probe's batch, A.4 the supervised rows' rate
+    # The recipe (others: RECIPES). paper: the batch, which is A.3's for the probe, and the learning
+    # rate, A.4's for supervised rows. ours: the rest.
     add("--epochs", type=number(1e-3, 1e6), default=50, help="over the labelled images "
         "(default: 50; linear probe: 30); supervised rows take 2.5 times as many, or CPC's two "
         "stages together if these are longer; the same holds for --min-steps")
@@ -499,7 +500,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     # Sec. 2.2, A.4: Inception preprocessing and color-dropping. With an encoder, crop and area are
     # its own, for a linear probe colour dropping too.
     add("--crop", type=COUNT, help="side of the image, in more or fewer patches (default: the "
-        "encoder's, or 240)")
+        "encoder's; torchvision's: 224; or 240)")
     add("--min-area", type=number(1e-3, 1), help="of the inception crop (default: the encoder's, "
         "or 0.08)")
     add("--color-drop", type=SHARE, help="probability for a patch; supervised rows drop none "
@@ -515,7 +516,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             apply_flags(source.metadata, early)
     scale = "paper"
     baseline = "resnet152"  # that `--supervised` by itself means
-    # ours: A.3's crop for CPC; A.4 gives its networks no size. Szegedy et al. have 0.08.
+    # paper: A.3's crop; Szegedy et al. 2014's area. ours: A.4's networks, whose size is not stated,
+    # have the same crop; half of the patches lose colours.
     parser.set_defaults(crop=240, min_area=0.08, color_drop=0.5)
     if metadata:
         trained = metadata["trained"]

@@ -1,10 +1,10 @@
 """The encoder f_theta of CPC v2, and the file it travels in.
 
 Sec. 2.1 and 4.1: every patch goes through a bottleneck ResNet on its own and is mean-pooled to one
-vector z (ours: with pre-activation, as A.4's baselines have it). Sec. 2.2 uses this network and
-discards "the rest": `encoder.pt` is all that crosses from cpc.py to eval.py and detect.py, so it
-describes itself: architecture, norm, patch geometry, and how it was trained, from which eval.py
-takes its defaults. Its inputs are what `data.normalise` makes.
+vector z (differs: with pre-activation, He et al. 2016b, as A.4's baselines; Sec. 4.1 cites 2016a).
+Sec. 2.2 uses this network and discards "the rest": `encoder.pt` is all that crosses from cpc.py to
+eval.py and detect.py, so it describes itself: architecture, norm, patch geometry, and how it was
+trained, from which eval.py takes its defaults. Its inputs are what `data.normalise` makes.
 
 Shapes: N patches or images, B batch, G grid side, P patch side, D channels of the last stack.
 """
@@ -143,10 +143,10 @@ def residual_stack(blocks: int, in_channels: int, out_channels: int, width: int,
 class Encoder(nn.Module):
     """f_theta: one vector per patch (`forward`), or a feature map per image (`features`).
 
-    arch, norm, stem: keys of ARCHITECTURES, NORMS, STEMS (with three stacks a total stride of 16, 8
-    or 4), None for the architecture's own stem; checkpointing: recompute each block in the backward
-    pass, keep no activations inside it (None: only at 4096 channels). Batch norm's running
-    statistics then take two steps instead of one: both passes count."""
+    arch, norm, stem: keys of ARCHITECTURES, NORMS, STEMS (stem None: the architecture's own). With
+    three stacks the stems make a total stride of 16, 8 or 4. checkpointing: recompute each block in
+    the backward pass, keep no activations inside it (None: only at 4096 channels). Batch norm's
+    running statistics then take two steps instead of one: both passes count."""
 
     def __init__(self, arch: str = "resnet161", norm: str = "layer", stem: str | None = None,
                  checkpointing: bool | None = None):
