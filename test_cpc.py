@@ -42,10 +42,12 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2.functional import (center_crop, normalize, resize,
+                                                  rgb_to_grayscale, to_pil_image)
 
 import cpc
 import data
@@ -89,6 +91,7 @@ def test_context_network_parameters():
     with torch.device("meta"):
         count = sum(p.numel() for p in cpc.PixelCNN(4096).parameters())
     assert count / 1e6 == pytest.approx(12.15, abs=0.005)  # A.2 at D = 4096
+    assert cpc.PixelCNN(8, 4)(torch.randn(2, 8, 5, 5)).min() == 0  # it ends in a ReLU
 
 
 @pytest.mark.parametrize("stem, patch, side", [
@@ -274,6 +277,8 @@ def test_patches_equal_naive_slicing(crop, patch, stride, G):
                 y, x = i * stride, j * stride
                 assert torch.equal(patches[b, i, j], images[b, :, y:y + patch, x:x + patch])
     plain = data.to_patches(images, CPU, patch, stride)
+    images01 = normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert torch.allclose(plain, data.extract_patches(images01, patch, stride), atol=1e-5)
     assert torch.equal(data.to_patches(images, CPU, patch, stride, seed=0), plain)
     again = images.contiguous(memory_format=torch.channels_last)  # in whichever layout images come
     seen = [data.to_patches(x, CPU, patch, stride, 0, color_drop=0.5, jitter=True)
@@ -372,6 +377,26 @@ def test_shapes_is_a_function_of_seed_and_index():
     assert torch.equal(a[17][0], b[17][0])
     assert not torch.equal(a[17][0], data.Shapes("test")[17][0])
     assert not torch.equal(a[17][0], data.Shapes("train", seed=1)[17][0])
+
+
+def test_each_split_is_its_own(monkeypatch):
+    """Of what is made or downloaded, too: a test set is no training set."""
+    splits, asked = ("pretrain", "train", "test"), []
+    assert [data.load_dataset("shapes", s, 32).split for s in splits] == ["train", "train", "test"]
+
+    def download(dataset, root, *which):
+        asked.append(which)
+        return Namespace(labels=torch.zeros(1))
+
+    monkeypatch.setattr(data, "download", download)
+    for name in ("cifar10", "stl10"):
+        for split in splits:
+            data.load_dataset(name, split, 32)
+    for split in ("train", "test"):
+        assert detect.load_objects("shapes", split, 32).split == split
+        detect.load_objects("voc2007", split, 32)
+    assert asked == [(True,), (True,), (False,), ("unlabeled",), ("train",), ("test",),
+                     ("2007", "trainval"), ("2007", "test")]
 
 
 @pytest.mark.parametrize("size", [32, 96])
@@ -512,20 +537,28 @@ def test_context_is_causal_everywhere():
                 assert torch.equal(gradient[0].sum(0) != 0, expected), (i, j)
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_each_direction_looks_its_own_way(number):
-    """In the image's own coordinates: down, right to left, up, left to right."""
-    G = 6
-    model = cpc.CPC(resnet.Encoder("tiny"), 4, hidden=4)
-    direction = alive(model.directions[number])
+@pytest.mark.parametrize("ways", [["down"], ["down", "up"], ["down", "left", "up", "right"]])
+def test_each_direction_looks_its_own_way(ways):
+    """In the image's own coordinates: a prediction from a row sees it and all before it, on the
+    way that it looks; a target its own row alone."""
+    G, outputs = 6, []
+    model = cpc.CPC(resnet.Encoder("tiny"), len(ways), hidden=4)
     latents = torch.rand(1, 256, G, G, dtype=torch.float64, requires_grad=True)
-    _, predictions = direction(latents.rot90(model.turns[number], (2, 3)))
-    rows, cols = torch.arange(G).view(-1, 1).expand(G, G), torch.arange(G).view(1, -1).expand(G, G)
-    seen = {0: lambda i: rows <= i, 1: lambda i: cols >= G - 1 - i,
-            2: lambda i: rows >= G - 1 - i, 3: lambda i: cols <= i}[number]
-    for i in range(G):
-        gradient, = torch.autograd.grad(predictions[2][0, :, i].sum(), latents, retain_graph=True)
-        assert torch.equal(gradient[0].sum(0) != 0, seen(i)), i
+    model.encoder.grid = lambda patches: latents
+    for direction in model.directions:
+        alive(direction).register_forward_hook(lambda *call: outputs.append(call[-1]))
+    model(None)
+    rows, cols = torch.arange(G).view(-1, 1).expand(G, G), torch.arange(G).expand(G, G)
+    seen = {"down": lambda i: rows <= i, "left": lambda i: cols >= G - 1 - i,
+            "up": lambda i: rows >= G - 1 - i, "right": lambda i: cols <= i}
+    for way, (targets, predictions) in zip(ways, outputs, strict=True):
+        before = torch.zeros(G, G, dtype=torch.bool)
+        for i in range(G):
+            now = seen[way](i)
+            for output, expected in ((predictions[2], now), (targets, now & ~before)):
+                gradient, = torch.autograd.grad(output[0, :, i].sum(), latents, retain_graph=True)
+                assert torch.equal(gradient[0].sum(0) != 0, expected), (way, i)
+            before = now
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -583,6 +616,22 @@ def test_emb_scale_is_of_predictions_alone():
     assert torch.allclose(scaled[2], 0.1 * predictions[2])
 
 
+def test_the_retrieval_picture_shows_what_it_says():
+    """Dark what was not seen; the patch two rows further down; then the best-ranked, here it."""
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=generator())
+    targets = torch.eye(50).view(2, 5, 5, 50).permute(0, 3, 1, 2)  # no two alike
+    model = Namespace(eval=lambda: None, encoder=Namespace(grid=lambda patches: None),
+                      directions=[lambda latents: (targets, {2: targets.roll(-2, 2)})])
+    args = Namespace(patch=8, stride=6, crop=32, lengths=[2, 3])
+    tiles, images = cpc.rank_patches(model, images, args), images / 255
+    for b in range(2):
+        shown, true, best = tiles[7 * b:7 * b + 3]
+        assert torch.equal(shown[:, :14], images[b, :, :14])  # rows 0 and 1 of the grid
+        assert torch.equal(shown[:, 14:], images[b, :, 14:] * 0.25)
+        assert torch.equal(true[:, ::4, ::4], images[b, :, 18:26, 6 * b:6 * b + 8])
+        assert torch.equal(true, best)
+
+
 def test_learning_rate():
     rates = [data.learning_rate(step, 100, 2.0, 10) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == rates[10] == 2.0 and rates[-1] < 0.01
@@ -590,6 +639,15 @@ def test_learning_rate():
     for steps in range(1, 13):  # the shortest schedules learn too
         rates = [data.learning_rate(step, steps, 1.0, steps // 10) for step in range(steps)]
         assert all(0 < rate <= 1 for rate in rates)
+
+
+def test_update():
+    """A step's gradient is its own, clipped to `clip`; its norm is told from before."""
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], 1.0)
+    for _ in range(2):
+        assert data.update(weight @ torch.tensor([3.0, 4.0]), optimizer, [weight], 1.0) == 5
+    assert torch.allclose(weight, torch.tensor([-1.2, -1.6]))
 
 
 def test_the_average_leaves_its_random_start_behind():
@@ -634,6 +692,31 @@ def test_logits_are_float32():
             assert torch.equal(head(latents), logits) and logits.dtype == torch.float32
 
 
+@pytest.mark.parametrize("grey", [False, True])
+def test_nothing_is_augmented_in_a_test(encoder_file, grey):
+    """Sec. 2.2: "none at test time", "a single crop": the middle; of CPC v1's images in grey."""
+    task, seen = make_task(encoder_file), []
+    task.row.metadata["trained"]["image_aug"] = "v1" if grey else "inception"
+
+    class Spy(nn.Module):
+        def forward(self, patches):
+            seen.append(patches)
+            return torch.zeros(len(patches), 10)
+
+    task.accuracy(Spy(), task.test)
+    images = center_crop(resize(torch.stack([x for x, _ in task.test]), [37]), [32])
+    images = rgb_to_grayscale(images, 3) if grey else images
+    assert torch.equal(torch.cat(seen), data.to_patches(images, CPU, 8, 6))
+
+
+def test_drop_out_is_of_training_alone():
+    """A.4: before the last layer."""
+    head, latents = evaluation.PooledLinear(64, 10, 0.5), torch.ones(1, 64, 2, 2)
+    assert not torch.equal(head(latents), head(latents))
+    head.eval()
+    assert torch.equal(head(latents), head(latents))
+
+
 def test_count_correct():
     logits, labels = torch.randn(50, 8, generator=generator()), torch.arange(50) % 8
     order = [sorted(range(8), key=lambda c: -row[c]) for row in logits.tolist()]
@@ -673,6 +756,8 @@ def test_subset_lists(folder, tmp_path):
     assert len(set(names)) == 40 and names.index("class 0/train 2.jpg") < 20
     path.write_text("\n".join([*names[:20], *(name.split("/")[1] for name in names[10:30]), ""]))
     assert data.read_subset(path, train) == list(range(30))
+    (_, chosen, held), = evaluation.choose_labels(Namespace(subset=path, held_out=0.2), train, 0)
+    assert chosen == list(range(30)) and len(held) == 2 and min(held) >= 30
     for bad in ("../../secret.jpg", ""):
         path.write_text(bad)
         with pytest.raises(SystemExit, match="name no training image .CLASS/NAME"):
@@ -720,7 +805,7 @@ def make_run(folder, **flags):
     return data.Run(Namespace(out=str(folder), save_every=10, **flags), ["an image"])
 
 
-RECIPE = dict(epochs=4, min_steps=0, batch_size=8, lr=0.05, weight_decay=0.0, dropout=0.0)
+RECIPE = dict(epochs=4, min_steps=0, batch_size=8, lr=0.05, weight_decay=1e-3, dropout=0.0)
 
 
 def classify(task, folder):
@@ -730,24 +815,30 @@ def classify(task, folder):
     return list(run.done.values())
 
 
-@pytest.mark.parametrize("encoder_file", ["layer", "batch"], indirect=True)
-def test_frozen_then_fine_tuned(encoder_file, tmp_path, monkeypatch):
-    """Sec. 2.2: frozen is bit-identical, batch norm's statistics included; fine-tuning starts from
-    both solutions, moves the encoder, at a smaller rate, and on images augmented anew."""
-    seen, fit, drawn = [], evaluation.fit, []
-    train_batches, to_patches = data.train_batches, data.to_patches
+@pytest.fixture
+def drawn(monkeypatch):
+    """A list that fills: (image, seed) of every training image, and the seeds of patches."""
+    keys, train_batches, to_patches = [], data.train_batches, data.to_patches
 
-    def drawn_batches(*args):
-        for keys in train_batches(*args):
-            drawn.extend(keys)
-            yield keys
+    def batches(*args):
+        for batch in train_batches(*args):
+            keys.extend(batch)
+            yield batch
 
-    def drawn_patches(images, device, patch, stride, seed=None, **augmentation):
-        drawn.extend([] if seed is None else [seed])
+    def patches(images, device, patch, stride, seed=None, **augmentation):
+        keys.extend([] if seed is None else [seed])
         return to_patches(images, device, patch, stride, seed, **augmentation)
 
-    monkeypatch.setattr(data, "train_batches", drawn_batches)
-    monkeypatch.setattr(data, "to_patches", drawn_patches)
+    monkeypatch.setattr(data, "train_batches", batches)
+    monkeypatch.setattr(data, "to_patches", patches)
+    return keys
+
+
+@pytest.mark.parametrize("encoder_file", ["layer", "batch"], indirect=True)
+def test_frozen_then_fine_tuned(encoder_file, tmp_path, monkeypatch, drawn):
+    """Sec. 2.2: frozen is bit-identical, batch norm's statistics included; fine-tuning starts from
+    both solutions, moves the encoder, at a smaller rate, and on images augmented anew."""
+    seen, fit = [], evaluation.fit
 
     def spy(task, model, recipe, *rest):
         before = copy.deepcopy(model.state_dict())
@@ -808,6 +899,7 @@ def test_early_stopping_restores_the_best_state(encoder_file, tmp_path, monkeypa
 
     def accuracy(model, images, skip=False):
         states.append(copy.deepcopy(model.head.state_dict()))
+        assert images is (task.held_out if len(states) <= 10 else task.test)
         return (0.0 if images is task.test else scores[len(states) - 1]), 0.0
 
     monkeypatch.setattr(task, "accuracy", accuracy)
@@ -824,6 +916,7 @@ def test_what_each_row_trains_with(encoder_file):
         args = parse_eval("--encoder", encoder_file, *flags)
         (row,) = args.rows
         transform, patches = evaluation.augmentation(row, args)
+        assert transform.transforms[0].scale[0] == 0.6
         return patches, any("ColorJitter" in type(t).__name__ for t in transform.transforms)
 
     assert augmentation() == (dict(color_drop=0.5, jitter=True, flip=0.0), False)
@@ -842,9 +935,10 @@ def test_what_each_row_trains_with(encoder_file):
 def test_optimisers_and_how_long_each_trains(encoder_file, tmp_path, monkeypatch):
     """A.3: Adam for the probe, at one rate; AdamW for fine-tuning, SGD from random weights. A
     supervised row has 2.5 times the steps of CPC's first stage, and no fewer than its two."""
-    trained = {}
+    trained, labelled = {}, {}
 
     def fit(task, model, recipe, stage, *rest):
+        labelled[task.seed] = task.train.indices
         optimizer = evaluation.make_optimizer(model, stage, recipe)
         trained[stage] = type(optimizer), recipe["epochs"], recipe["min_steps"]
 
@@ -853,20 +947,27 @@ def test_optimisers_and_how_long_each_trains(encoder_file, tmp_path, monkeypatch
         patch.setattr(evaluation.Task, "accuracy", lambda *rest: (0.0, 0.0))
         for epochs, longer in ((4, 2.5), (12, 4)):
             flags = ["--encoder", encoder_file, "--labels", 0.1, "--supervised", "--epochs", 4,
-                     "--min-steps", 40, "--finetune-epochs", epochs]
+                     "--min-steps", 40, "--finetune-epochs", epochs, "--seeds", 2]
             evaluation.main(parse_eval(*flags, "--out", tmp_path / str(epochs)))
             assert trained == {"frozen": (torch.optim.SGD, 4, 40),
                                "finetuned": (torch.optim.AdamW, epochs, 10 * epochs),
                                "scratch": (torch.optim.SGD, 4 * longer, 40 * longer)}
+    assert labelled[0] != labelled[1]
     rates, update = [], data.update
 
     def recorded(loss, optimizer, *rest):
-        rates.append((type(optimizer), optimizer.param_groups[0]["lr"]))
+        group = optimizer.param_groups[0]
+        rates.append((type(optimizer), group["lr"], group["weight_decay"]))
         return update(loss, optimizer, *rest)
 
     monkeypatch.setattr(data, "update", recorded)
     classify(make_task(encoder_file), tmp_path / "probe")
-    assert set(rates) == {(torch.optim.AdamW, RECIPE["lr"])} and len(rates) == 12
+    assert rates == [(torch.optim.AdamW, 0.05, 1e-3)] * 12
+    rates.clear()
+    pixels = make_task(encoder_file, "--head", "none", "--supervised", "tiny", held_out=0)
+    classify(pixels, tmp_path / "pixels")
+    assert rates == [(torch.optim.SGD, 0.05 * data.learning_rate(step, 12, 1.0, 1), 1e-3)
+                     for step in range(12)]
 
 
 def test_a_larger_crop_is_a_larger_grid(encoder_file):
@@ -932,6 +1033,7 @@ def test_two_encoders_are_two_rows_and_a_baseline_depends_on_none(encoder_file, 
     other.write_bytes(encoder_file.read_bytes())
     rows = parse_eval("--encoder", encoder_file, other, "random").rows
     assert [row.name for row in rows] == ["cpc-0", "cpc-1", "random"]
+    assert [row.weights is None for row in rows] == [False, False, True]
     others = ["--encoder", "torchvision:resnet18", other, "random"]
     first, _, third = parse_eval(*others).rows
     assert (third.name, third.arch) == ("random", "tiny")  # of the file before it
@@ -1143,11 +1245,6 @@ def test_voc_boxes(voc, tmp_path):
     assert {tuple(box) for box in mirrored} == {(0, 0, 30, 60), (34, 0, 64, 60)}
 
 
-def test_voc_that_is_not_there(tmp_path):
-    with pytest.raises(SystemExit, match="with VOCdevkit/VOC2007 in it"):
-        detect.load_objects(str(tmp_path), "train", 64)
-
-
 @pytest.mark.parametrize("stem, stride, H, W", [("3x3", 4, 61, 83), ("7x7", 16, 130, 97)])
 def test_trunk(stem, stride, H, W):
     """The encoder's features at its stride on any size; never in training mode itself."""
@@ -1217,25 +1314,23 @@ def test_one_image_is_learned_and_the_frozen_trunk_is_not_touched(encoder_file, 
     assert detect.average_precisions(*found, one.dataset.classes)["mAP"] == 100
 
 
-def test_detection_stops_early(encoder_file, voc, tmp_path, monkeypatch):
+def test_detection_stops_early(encoder_file, voc, tmp_path, monkeypatch, drawn):
     """Sec. 2.2: "a smaller learning rate and early-stopping": the best of ten held-out states is
     kept, or that which fine-tuning began with. Fine-tuning draws images and crops of its own."""
     args, _, model = make_detector(encoder_file, "--epochs", "10", "--finetune-epochs", "10")
-    drawn, train_batches = [], data.train_batches
+    rates, update = [], data.update
 
-    def drawn_batches(*args):
-        for keys in train_batches(*args):
-            drawn.extend(keys)
-            yield keys
+    def recorded(loss, optimizer, *rest, **clip):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return update(loss, optimizer, *rest, **clip)
 
-    monkeypatch.setattr(data, "train_batches", drawn_batches)
-    rates, adamw = [], torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda weights, lr, **rest: (
-        rates.append(lr), adamw(weights, lr, **rest))[1])
+    monkeypatch.setattr(data, "update", recorded)
     one = Subset(detect.load_objects(str(voc), "train", 64), [0])
+    held_out = Subset(one.dataset, [1])
     scores, states = [10, 40, 20, 70, 30, 70, 5, 5, 5, 5] + [60] * 10, []
 
-    def detect_all(model, *rest, skip=False):
+    def detect_all(model, objects, *rest, skip=False):
+        assert objects is held_out
         states.append(copy.deepcopy(model.state_dict()))
         return [], []
 
@@ -1244,10 +1339,11 @@ def test_detection_stops_early(encoder_file, voc, tmp_path, monkeypatch):
                         lambda *rest: {"mAP": scores[len(states) - 1]})
     run = make_run(tmp_path / "run")
     for stage, start in (("frozen", None), ("finetuned", 70)):
-        best = detect.fit(args, stage, model, one, one, CPU, run, stage, start)
+        best = detect.fit(args, stage, model, one, held_out, CPU, run, stage, start)
         assert best == 70
         assert all(torch.equal(v, states[3][k]) for k, v in model.state_dict().items())
-    assert len(states) == 20 and rates == [3e-3, 3e-4]
+    schedule = [data.learning_rate(step, 10, 1.0, 1) for step in range(10)]
+    assert len(states) == 20 and rates == [peak * s for peak in (3e-3, 3e-4) for s in schedule]
     assert len(set(drawn)) == len(drawn) == 20
 
 
@@ -1272,7 +1368,7 @@ def test_colors_and_scale_are_drawn_independently(tmp_path):
 
         def forward(self, images, targets):
             dropped = images[0].std((1, 2)).min() < 0.05
-            self.drawn.append(dropped.item() == (torch.rand(()) < 0.5).item())
+            self.drawn.append((dropped.item(), (torch.rand(()) < 0.5).item()))
             return {"of_boxes": self.backbone(torch.zeros(1)).sum()}
 
     args = detect.parse_args(["--encoder", "torchvision:resnet18", "--batch-size", "1", "--workers",
@@ -1280,7 +1376,8 @@ def test_colors_and_scale_are_drawn_independently(tmp_path):
     model, objects = Recorder(), Subset(detect.load_objects("shapes", "train", 64), range(10))
     nothing, run = Subset(objects.dataset, []), make_run(tmp_path / "run")
     detect.fit(args, "finetuned", model, objects, nothing, CPU, run, "a")
-    assert len(model.drawn) == 100 and 30 < sum(model.drawn) < 70
+    assert len(model.drawn) == 100 and 30 < sum(a == b for a, b in model.drawn) < 70
+    assert 30 < sum(dropped for dropped, _ in model.drawn) < 70
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts open files in /proc")
@@ -1333,6 +1430,15 @@ def test_what_a_run_may_continue(tmp_path):
     assert (tmp_path / "other" / "log.jsonl").read_text() == "step,loss\n1,2.0\n"
     with pytest.raises(SystemExit, match="cannot use --out /dev/null/run: Not a directory"):
         make_run("/dev/null/run")
+
+
+def test_an_input_is_known_by_its_content(tmp_path):
+    """An encoder may be moved, not replaced, under a run that goes on."""
+    for name, content in (("a", b"1"), ("moved", b"1"), ("other", b"2")):
+        (tmp_path / name).write_bytes(content)
+    a, moved, other = (data.fingerprint(str(tmp_path / name)) for name in ("a", "moved", "other"))
+    assert a == moved != other and data.fingerprint("random") == "random"
+    assert data.fingerprint(f"torchvision:resnet18:{tmp_path / 'a'}") == a
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
@@ -1704,15 +1810,6 @@ def test_pretraining_leaves_what_it_promises(trained):
     assert file["trained"]["epochs"] == 2 and str(trained) not in str(file)
 
 
-def test_the_encoder_is_the_average(trained):
-    """encoder.pt holds the average of the encoder's weights, not the last of them."""
-    encoder, _ = resnet.load_encoder(trained / "encoder.pt")
-    parts = torch.load(trained / "checkpoint.pt", weights_only=True)["training"]["parts"]
-    for name, value in encoder.state_dict().items():
-        assert torch.equal(value, parts["average"][name])
-    assert not torch.equal(encoder.conv1.weight, parts["model"]["encoder.conv1.weight"])
-
-
 def test_a_run_is_never_overwritten(trained, folder, capsys):
     before = (trained / "encoder.pt").read_bytes()
     for flags, difference in ((["--lr", "1e-3", "--data", str(folder)], "lr 0.003, not 0.001"),
@@ -1739,6 +1836,48 @@ def test_every_epoch_leaves_an_encoder(folder, tmp_path, monkeypatch):
         cpc.main(cpc.parse_args([*TINY, "--data", str(folder), "--out", str(tmp_path / "run")]))
     file = resnet.load_encoder(tmp_path / "run" / "encoder.pt")[1]
     assert file["trained"]["steps"] == 5
+
+
+def test_pretraining_does_what_its_flags_say(folder, tmp_path, monkeypatch):
+    """Images and patches are augmented as asked, patches anew in every step; the rate, the clipping
+    and the sizes are the flags'; encoder.pt is the average, with batch norm's last statistics."""
+    transforms, patches, rates, clips = [], [], [], []
+    image_transform, to_patches, update = data.image_transform, data.to_patches, data.update
+
+    def seen_transform(*args, **named):
+        transforms.append(args)
+        return image_transform(*args, **named)
+
+    def seen_patches(images, device, patch, stride, seed=None, **augmentation):
+        patches.append((seed, augmentation))
+        return to_patches(images, device, patch, stride, seed, **augmentation)
+
+    def seen_update(loss, optimizer, parameters, clip):
+        rates.append(optimizer.param_groups[0]["lr"])
+        clips.append(clip)
+        return update(loss, optimizer, parameters, clip)
+
+    monkeypatch.setattr(data, "image_transform", seen_transform)
+    monkeypatch.setattr(data, "to_patches", seen_patches)
+    monkeypatch.setattr(data, "update", seen_update)
+    flags = ["--min-area", "0.4", "--color-drop", "0.75", "--flip", "0.25", "--clip", "0.5",
+             "--hidden", "24", "--target-dim", "16", "--norm", "batch", "--workers", "0"]
+    cpc.main(cpc.parse_args([*TINY, *flags, "--data", str(folder), "--out", str(tmp_path)]))
+    assert transforms == [("inception", 32, 0.4), ("test", 32)]  # of training, of the picture
+    *training, picture = patches
+    assert len({seed for seed, _ in training}) == len(training) == 10
+    assert all(how == dict(color_drop=0.75, jitter=True, flip=0.25) for _, how in training)
+    assert picture == (None, {})
+    assert rates == [data.learning_rate(step, 10, 3e-3, 2) for step in range(10)]
+    assert clips == [0.5] * 10
+    parts = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["training"]["parts"]
+    assert parts["model"]["directions.3.target.weight"].shape[0] == 16
+    encoder, _ = resnet.load_encoder(tmp_path / "encoder.pt")
+    buffers = dict(encoder.named_buffers())
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, parts["average"][name])
+        last = parts["model"][f"encoder.{name}"]
+        assert torch.equal(value, last) == (name in buffers)
 
 
 def test_benchmark_counts_what_pencil_and_paper_count(folder, tmp_path, monkeypatch, capsys):
@@ -1869,21 +2008,11 @@ def kill_and_continue(times, seconds, script, *flags):
     assert done.returncode == 0, done.stderr
 
 
-def leaves(x):
-    """The values in nested dicts and lists, tensors as their bytes."""
-    if isinstance(x, dict):
-        x = list(x.values())
-    if isinstance(x, (list, tuple)):
-        return [leaf for value in x for leaf in leaves(value)]
-    return [x.numpy().tobytes()] if isinstance(x, torch.Tensor) else [x]
-
-
 def outcome(folder):
-    """All that a run has learned: the leaves of its last state, but for the time it took."""
+    """All that a run has learned: the values of its last state, tensors as their bytes."""
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    for result in saved["done"].values():
-        result.pop("seconds", None)
-    return leaves([saved["done"], saved["solution"], saved["training"]])
+    values = tree_leaves([saved["done"], saved["solution"], saved["training"]])
+    return [x.numpy().tobytes() if isinstance(x, torch.Tensor) else x for x in values]
 
 
 def test_continuing_is_exact(commands, trained, folder):
@@ -2060,9 +2189,11 @@ def test_the_shipped_encoder_loads():
     encoder, file = resnet.load_encoder(path)
     assert path.stat().st_size < 4e6 and not os.path.isabs(file["trained"]["data"])
     assert zipfile.ZipFile(path).testzip() is None  # its checksums are right
-    images = torch.zeros(2, 3, file["crop"], file["crop"], dtype=torch.uint8)
+    images = (7 * torch.arange(2 * 3 * 96 * 96) % 256).view(2, 3, 96, 96).to(torch.uint8)
     latents = encoder.grid(data.to_patches(images, CPU, file["patch"], file["stride"]))
-    assert latents.shape == (2, 512, 5, 5) and latents.isfinite().all()
+    assert latents.shape == (2, 512, 5, 5)
+    assert latents.mean().item() == pytest.approx(0.12995, rel=1e-3)  # what it always computed
+    assert latents.std().item() == pytest.approx(0.13122, rel=1e-3)
 
 
 def test_the_readme_names_what_there_is():
