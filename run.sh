@@ -16,7 +16,7 @@ venv=${VENV:-.venv}
 environment() {
     # a python without pip is half an environment, as Debian makes it without its python3-venv
     "$venv/bin/python" -c 'import pip' 2>/dev/null || python3 -m venv "$venv"
-    PATH="$venv/bin:$PATH"
+    PATH="$(cd "$venv/bin" && pwd):$PATH"
     python -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { echo "run.sh: $venv has no Python 3.10 or newer: remove it, install one" >&2; exit 1; }
     # one pip call, and only when something is missing or old: a second run starts at once
